@@ -1,0 +1,163 @@
+"""The bounded window, failures, deaths of workers. Functions sent to workers are local so that they pickle by value."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+from distributed import Client, KilledWorker
+
+from tilestream.cluster import Job, Reduction, connect, run
+
+
+def _unfinished_tasks(client: Client) -> int:
+    return client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks))
+
+
+def _wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> bool:
+    end_s = time.monotonic() + limit_s
+    while not (held := condition()) and time.monotonic() < end_s:
+        time.sleep(0.05)
+    return held
+
+
+def test_every_job_comes_back_once(scheduler: dict[str, Any]) -> None:
+    results: dict[str, int] = {}
+    run(
+        (Job.call(f"image-{i}", lambda a, b: a * b, i, 10) for i in range(9)),
+        window=4,
+        on_result=lambda job, result: results.__setitem__(job.name, result),
+        **scheduler,
+    )
+    assert results == {f"image-{i}": 10 * i for i in range(9)}
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_the_window_bounds_what_is_in_flight(scheduler: dict[str, Any], window: int) -> None:
+    drawn = done = most = 0
+
+    def jobs() -> Iterator[Job]:
+        nonlocal drawn, most
+        for i in range(10):
+            drawn += 1
+            most = max(most, drawn - done)
+            yield Job.call(f"image-{i}", time.sleep, 0.01)
+
+    def on_result(job: Job, result: None) -> None:
+        nonlocal done
+        done += 1
+        if "client" in scheduler:
+            assert len(scheduler["client"].futures) <= window, "futures are released as results come"
+
+    run(jobs(), window=window, on_result=on_result, **scheduler)
+    assert (drawn, done, most) == (10, 10, window)
+
+
+def test_a_failing_job_does_not_stop_the_others(scheduler: dict[str, Any]) -> None:
+    def divide(value: int) -> float:
+        return 6 / value
+
+    results, errors = {}, {}
+    run(
+        [Job.call(f"image-{i}", divide, i) for i in (1, 0, 2, 3)],
+        window=2,
+        on_result=lambda job, result: results.update({job.name: result}),
+        on_error=lambda job, error: errors.update({job.name: error}),
+        **scheduler,
+    )
+    assert results == {"image-1": 6, "image-2": 3, "image-3": 2}
+    assert list(errors) == ["image-0"]
+    assert isinstance(errors["image-0"], ZeroDivisionError)
+
+
+def test_without_on_error_the_failure_is_raised_and_the_rest_cancelled(scheduler: dict[str, Any]) -> None:
+    drawn = []
+
+    def jobs() -> Iterator[Job]:
+        for i in range(20):
+            drawn.append(i)
+            yield Job.call(f"image-{i}", lambda i: 1 / (i - 2), i)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(jobs(), window=2, on_result=lambda job, result: None, **scheduler)
+    assert caught.value.__notes__ == ["in job 'image-2'"]
+    assert len(drawn) <= 5
+    if "client" in scheduler:
+        assert _wait_until(lambda: _unfinished_tasks(scheduler["client"]) == 0)
+
+
+def test_an_interrupt_cancels_what_is_in_flight(scheduler: dict[str, Any]) -> None:
+    def interrupt(job: Job, result: Any) -> None:
+        raise KeyboardInterrupt
+
+    wait_s = [0.0] + [0.2] * 30
+    many = Reduction(tuple(wait_s), lambda part: {0: time.sleep(part)}, {0: tuple(range(31))}, max, max)
+    start_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run([Job.call("first", int), Job("second", many)], window=2, on_result=interrupt, **scheduler)
+    assert time.monotonic() - start_s < 2.5, "the 6 s of the second job are not waited for"
+    if "client" in scheduler:
+        assert _wait_until(lambda: _unfinished_tasks(scheduler["client"]) == 0)
+
+
+def test_a_worker_that_dies_once_costs_nothing_but_time(client: Client, tmp_path: Path) -> None:
+    """Dask itself computes again what was lost."""
+    marker = tmp_path / "died"
+
+    def fragile(part: int) -> dict[int, float]:
+        if part == 3 and not marker.exists():
+            marker.touch()
+            os._exit(1)
+        return {0: 0.1 * part}
+
+    fragile_job = Job("image", Reduction((1, 2, 3), fragile, {0: (0, 1, 2)}, lambda _, p: p, lambda values: values))
+    results = []
+    run([fragile_job], client=client, window=1, on_result=lambda job, result: results.append(result))
+    assert results == [[[0.1, 0.2, 0.1 * 3]]]
+    assert marker.exists()
+    client.wait_for_workers(2, timeout=10)
+
+
+def test_killed_jobs_are_submitted_again_three_times(tmp_path: Path) -> None:
+    """With allowed-failures 0 every death is a KilledWorker, so that each try costs one worker, not four."""
+
+    def die(name: str, times: int) -> str:
+        deaths = tmp_path / name
+        count = len(deaths.read_text()) if deaths.exists() else 0
+        if count < times:
+            deaths.write_text("x" * (count + 1))
+            os._exit(1)
+        return name
+
+    results, errors = [], {}
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}), connect(workers=1) as client:
+        run(
+            [
+                Job.call("frail", die, "frail", 1),
+                Job.call("poison", die, "poison", 99),
+                Job.call("good", die, "good", 0),
+            ],
+            client=client,
+            window=1,
+            on_result=lambda job, result: results.append(result),
+            on_error=lambda job, error: errors.update({job.name: error}),
+        )
+    assert results == ["frail", "good"]
+    assert list(errors) == ["poison"]
+    assert isinstance(errors["poison"], KilledWorker)
+    assert len((tmp_path / "poison").read_text()) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 1}, "give one of them"),
+        ({"window": 0, "scheduler": "synchronous"}, "window=0 must be at least 1"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run([], on_result=lambda job, result: None, **options)

@@ -1,0 +1,60 @@
+"""Networks and oracles for the engine's tests."""
+
+import torch
+from torch import nn
+
+from tilestream.nets import ResidualNet, resnet18
+
+
+def random_norms(net: nn.Module) -> nn.Module:
+    """Batch norms with statistics and weights that are not those of a fresh network."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return net.eval()
+
+
+def paper_net() -> nn.Module:
+    return random_norms(ResidualNet(3, widths=(4, 6, 8, 8, 10))).double()
+
+
+def small_resnet18() -> nn.Module:
+    """ResNet-18 as it is, but for the width of its maps, which cost time and prove nothing."""
+    net = resnet18(3)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            narrow = lambda n: n if n == 3 else n // 16  # noqa: E731
+            new = nn.Conv2d(
+                narrow(module.in_channels),
+                narrow(module.out_channels),
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                bias=False,
+            )
+        elif isinstance(module, nn.BatchNorm2d):
+            new = nn.BatchNorm2d(module.num_features // 16)
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(net.get_submodule(parent), child, new)
+    net.fc = nn.Linear(32, 3)
+    return random_norms(net).double()
+
+
+def integers(net: nn.Module) -> nn.Module:
+    """Weights drawn from -2..2, so that float32 adds without rounding."""
+    for parameter in net.parameters():
+        parameter.data = torch.randint(-2, 3, parameter.shape).to(parameter.dtype)
+    return net.eval()
+
+
+def whole(net: nn.Module, image: torch.Tensor, target: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (1, classes) and input gradient (C, H, W) of the un-tiled network, in plain PyTorch."""
+    x = image[None].clone().requires_grad_()
+    logits = net(x)
+    (gradient,) = torch.autograd.grad(logits[0, target], x)
+    return logits.detach(), gradient[0]

@@ -1,0 +1,138 @@
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tilestream.engine import parse_bytes, plan, stream, trace
+from tilestream.nets import ResidualNet, resnet18
+
+
+@pytest.fixture(scope="module")
+def network():
+    return trace(ResidualNet().eval())
+
+
+def test_outputs_and_cells_partition(network):
+    p = plan(network, (701, 1003), tile=256)
+    for name, extent in (("output", p.map), ("cell", p.image)):
+        boxes = [getattr(t, name) for t in p.tiles]
+        assert sum(b.area for b in boxes) == extent[0] * extent[1]
+        assert all(a.intersect(b).empty for i, a in enumerate(boxes) for b in boxes[:i])
+    assert [t.index for t in p.tiles] == list(range(len(p.tiles)))
+    assert p.halo_px == 313
+
+
+def test_larger_budgets_never_cost_more(network):
+    plans = [plan(network, (2848, 4288), memory=m << 20) for m in (300, 500, 1000, 2000, 4000)]
+    assert all(p.peak_bytes <= m << 20 for p, m in zip(plans, (300, 500, 1000, 2000, 4000), strict=True))
+    flops = [p.flops for p in plans]
+    assert flops == sorted(flops, reverse=True)
+    assert plans[-1].overhead == 1
+    assert len(plans[-1].tiles) == 1
+
+
+def test_flops_are_those_of_the_convolutions(network):
+    whole = plan(network, (1024, 1024), memory=8 << 30)
+    resolution, macs = 512, 512 * 512 * 32 * 3 * 49
+    widths = [32, 32, 64, 128, 256, 512]
+    for before, width in zip(widths, widths[1:], strict=False):
+        resolution //= 2
+        macs += resolution**2 * 9 * (before * width + 2 * width * width)
+    assert whole.whole_flops == pytest.approx(4 * macs, rel=0.02)
+
+
+def test_a_budget_too_small_names_the_smallest_that_works(network):
+    with pytest.raises(
+        ValueError, match=r"memory=1048576 bytes is too small .* smallest budget that works is (\d+) bytes"
+    ) as error:
+        plan(network, (2848, 4288), memory=1 << 20)
+    smallest = int(re.search(r"works is (\d+) bytes", str(error.value))[1])
+    assert plan(network, (2848, 4288), memory=smallest).peak_bytes == smallest
+    with pytest.raises(ValueError, match="too small"):
+        plan(network, (2848, 4288), memory=smallest - 1)
+
+
+@pytest.mark.parametrize("tile", [500, 0, -64])
+def test_a_tile_off_the_stride_names_the_next(network, tile):
+    with pytest.raises(ValueError, match=rf"tile={tile} px must be a multiple of the stride 64; use \d+"):
+        plan(network, (2848, 4288), tile=tile)
+
+
+def test_an_image_that_a_window_does_not_fit():
+    from torch import nn
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 9), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    with pytest.raises(ValueError, match="image of 5 x 20 px: 0: a window that spans"):
+        stream(net, tile=4).plan((3, 5, 20))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2 GiB", 2 << 30), ("2GiB", 2 << 30), ("500MB", 500_000_000), (1234, 1234), ("64 MiB", 64 << 20)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["lots", "", "0", -5, "2 Gigs"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="is not a size; write it like '2 GiB'"):
+        parse_bytes(text)
+
+
+def test_streams_refuse_two_ways_to_fix_the_tiles():
+    with pytest.raises(ValueError, match="give one of them"):
+        stream(resnet18().eval(), memory="1 GiB", tile=512)
+
+
+MEASURE = """
+import sys, threading, time
+import numpy as np, psutil, torch
+from tilestream.engine import stream
+from tilestream.nets import build
+torch.manual_seed(0)
+torch.set_num_threads(1)
+name, size, memory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+net = build(name)
+streamed = stream(net, memory=memory)
+image = np.zeros((3, size, size), np.uint8)
+stream(net, tile=64).saliency(image[:, :64, :64])  # libraries load and kernels compile before the measurement
+process, peak, done = psutil.Process(), 0, threading.Event()
+before = process.memory_info().rss
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, process.memory_info().rss)
+thread = threading.Thread(target=watch)
+thread.start()
+streamed.saliency(image)
+done.set()
+thread.join()
+print(peak - before, streamed.plan(image.shape).peak_bytes, len(streamed.plan(image.shape).tiles))
+"""
+
+
+def measure(*arguments: str) -> tuple[int, int, int]:
+    output = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
+    measured, predicted, tiles = map(int, output.stdout.split())
+    return measured, predicted, tiles
+
+
+@pytest.mark.parametrize(
+    ("net", "size", "memory", "cut"),
+    [("ResidualNet", "1024", "1 GiB", False), ("ResidualNet", "1024", "180 MiB", True)],
+)
+def test_measured_memory_stays_under_the_prediction(net, size, memory, cut):
+    measured, predicted, tiles = measure(net, size, memory)
+    assert (tiles > 1) == cut
+    assert measured <= predicted
+    assert measured >= 0.4 * predicted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["400 MiB", "1 GiB", "2 GiB"])
+@pytest.mark.parametrize("net", ["ResidualNet", "resnet18"])
+def test_measured_memory_stays_under_the_prediction_at_full_size(net, memory):
+    measured, predicted, _ = measure(net, "2048", memory)
+    assert 0.5 * predicted <= measured <= predicted

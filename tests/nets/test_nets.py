@@ -1,0 +1,110 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from tilestream.nets import ResidualNet, build, load_model, load_weights, resnet18, resnet34, resnet50, save_model
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (97, 130), (1, 64)])
+def test_residual_net_takes_any_size(size):
+    net = ResidualNet(num_classes=4, widths=(4, 4, 6, 8, 8)).eval()
+    with torch.no_grad():
+        maps = net.segments(net.relu(net.bn(net.stem(torch.zeros(1, 3, *size)))))
+        assert net(torch.zeros(2, 3, *size)).shape == (2, 4)
+    assert maps.shape[2:] == tuple(-(-n // 64) for n in size)
+
+
+def test_residual_net_is_the_papers():
+    net = ResidualNet()
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 1 + 5 * 3
+    assert [s[0].conv3.out_channels for s in net.segments] == [32, 64, 128, 256, 512]
+    assert all(isinstance(s[0].skip, nn.MaxPool2d) for s in net.segments)
+    assert len([m for m in ResidualNet(blocks=2).modules() if isinstance(m, nn.MaxPool2d)]) == 5
+
+
+def test_residual_net_refuses_to_shrink_channels():
+    with pytest.raises(ValueError, match="channels_out=16 must be at least channels_in=32"):
+        ResidualNet(widths=(32, 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "parameters", "last"),
+    [
+        (resnet18, 122, 11_689_512, "layer4.1.bn2.num_batches_tracked"),
+        (resnet34, 218, 21_797_672, "layer4.2.bn2.num_batches_tracked"),
+        (resnet50, 320, 25_557_032, "layer4.2.bn3.num_batches_tracked"),
+    ],
+)
+def test_resnets_have_torchvisions_state_dict(make, count, parameters, last):
+    net = make(num_classes=1000)
+    state = net.state_dict()
+    assert len(state) == count  # counts and sizes as torchvision documents them
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert {
+        "conv1.weight",
+        "bn1.running_mean",
+        "layer1.0.conv1.weight",
+        "layer2.0.downsample.0.weight",
+        "fc.bias",
+        last,
+    } <= set(state)
+
+
+def test_a_file_alone_rebuilds_the_network(tmp_path):
+    net = ResidualNet(widths=(4, 4, 6, 8, 8)).double().eval()
+    average = torch.rand(3, 8, 8)
+    path = tmp_path / "net.safetensors"
+    save_model(
+        path,
+        net,
+        architecture="ResidualNet",
+        parameters={"widths": [4, 4, 6, 8, 8]},
+        preprocessing={"size_px": 8, "average": average},
+    )
+    model = load_model(path)
+    x = torch.rand(1, 3, 65, 65, dtype=torch.float64)
+    assert torch.equal(model.net(x), net(x))
+    assert not model.net.training
+    assert model.preprocessing["size_px"] == 8
+    assert torch.equal(model.preprocessing["average"], average)
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["parameters"]) == {"widths": [4, 4, 6, 8, 8]}
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+    other = ResidualNet(widths=(4, 4, 6, 8, 8)).double()
+    load_weights(other, path)
+    assert torch.equal(other.eval()(x), net(x))
+
+
+def test_own_networks_come_by_factory(tmp_path):
+    net = resnet18(3)
+    save_file(net.state_dict(), tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="does not name its architecture; give --net"):
+        load_model(tmp_path / "plain.safetensors")
+    model = load_model(
+        tmp_path / "plain.safetensors", architecture="tilestream.nets:resnet18", parameters={"num_classes": 3}
+    )
+    assert torch.equal(model.net.fc.weight, net.fc.weight)
+
+
+def test_bad_files_are_told_in_a_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_model(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("no model")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load_model(tmp_path / "text.safetensors")
+    save_model(tmp_path / "net.safetensors", resnet18(3), architecture="resnet18", parameters={"num_classes": 2})
+    with pytest.raises(ValueError, match=r"does not fit net='resnet18': size mismatch for fc\.weight"):
+        load_model(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet19", "save_model", "no.such.package:net", "tilestream.nets:nothing", "builtins:dict"]
+)
+def test_unknown_networks(name):
+    with pytest.raises(ValueError, match=rf"net='{name}'"):
+        build(name)

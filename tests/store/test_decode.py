@@ -1,0 +1,132 @@
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pyvips
+from PIL import Image, ImageOps
+
+from tilestream.store import decode
+
+
+def encoded(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_lossless_formats(noise: Callable[..., np.ndarray], kind: str, options: dict[str, object]) -> None:
+    np.testing.assert_array_equal(decode.decode(encoded(noise(), kind, **options)), noise())
+
+
+def test_jpeg_is_what_libvips_decodes_without_ado(noise: Callable[..., np.ndarray]) -> None:
+    data = encoded(noise(), "JPEG", quality=90)
+    np.testing.assert_array_equal(decode.decode(data), pyvips.Image.new_from_buffer(data, "").numpy())
+
+
+def test_grey_is_repeated(noise: Callable[..., np.ndarray]) -> None:
+    grey = noise(channels=1)
+    np.testing.assert_array_equal(decode.decode(encoded(grey, "PNG")), np.stack([grey] * 3, axis=-1))
+
+
+@pytest.mark.parametrize(("bands", "interpretation"), [(1, "grey16"), (3, "rgb16")])
+def test_sixteen_bits_keep_the_high_byte(bands: int, interpretation: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40, bands), dtype=np.uint16)
+    data = pyvips.Image.new_from_array(pixels).copy(interpretation=interpretation).pngsave_buffer()
+    np.testing.assert_array_equal(decode.decode(data), np.broadcast_to(pixels >> 8, (30, 40, 3)))
+
+
+def test_alpha_is_flattened_on_black(noise: Callable[..., np.ndarray]) -> None:
+    pixels = noise(channels=4)
+    pixels[:35, :, 3] = 255
+    pixels[35:, :, 3] = 0
+    decoded = decode.decode(encoded(pixels, "PNG"))
+    np.testing.assert_array_equal(decoded[:35], pixels[:35, :, :3])
+    assert (decoded[35:] == 0).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(noise: Callable[..., np.ndarray], orientation: int) -> None:
+    pixels = noise(2000, 60)  # tall enough that a stream cannot be turned
+    exif = Image.Exif()
+    exif[274] = orientation
+    for kind in ("TIFF", "PNG"):
+        data = encoded(pixels, kind, exif=exif)
+        with Image.open(io.BytesIO(data)) as image:
+            upright = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(decode.decode(data), upright)
+    jpeg = encoded(pixels, "JPEG", exif=exif)
+    assert decode.decode(jpeg).shape == upright.shape
+
+
+def cmyk_jpeg() -> bytes:
+    pixels = np.zeros((20, 20, 4), dtype=np.uint8)
+    return pyvips.Image.new_from_array(pixels).copy(interpretation="cmyk").jpegsave_buffer()
+
+
+def two_pages() -> bytes:
+    page = Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    page.save(buffer, "TIFF", save_all=True, append_images=[page])
+    return buffer.getvalue()
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><rect width="5" height="5"/></svg>'
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "unsupported_format"),
+        (b"just text\n", "unsupported_format"),
+        (SVG, "unsupported_format"),
+        (encoded(np.zeros((9, 9, 3), np.uint8), "GIF"), "unsupported_format"),
+        (b"\xff\xd8\xffnot really", "damaged"),
+        (cmyk_jpeg(), "unsupported_colourspace"),
+        (encoded(np.zeros((9, 9), np.float32), "TIFF"), "unsupported_colourspace"),
+        (two_pages(), "several_pages"),
+    ],
+    ids=["empty", "text", "svg", "gif", "magic only", "cmyk", "float", "pages"],
+)
+def test_refusals(data: bytes, reason: str) -> None:
+    with pytest.raises(decode.Unusable) as caught:
+        decode.decode(data)
+    assert caught.value.reason == reason
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("part", [0.3, 0.99])
+def test_truncated_files_are_damaged(noise: Callable[..., np.ndarray], kind: str, part: float) -> None:
+    data = encoded(noise(300, 200), kind)
+    decode.decode(data)
+    with pytest.raises(decode.Unusable) as caught:
+        decode.decode(data[: int(len(data) * part)])
+    assert caught.value.reason == "damaged"
+
+
+def test_too_large_is_told_from_the_header(monkeypatch: pytest.MonkeyPatch, noise: Callable[..., np.ndarray]) -> None:
+    data = encoded(noise(), "PNG")
+    monkeypatch.setattr(decode, "MAX_PIXELS", 70 * 90)
+    decode.decode(data)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 70 * 90 - 1)
+    with pytest.raises(decode.Unusable, match="70 x 90 pixels") as caught:
+        decode.decode(data)
+    assert caught.value.reason == "too_large"
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.jpg")  # a plain open would wait for ever
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "file.jpg").write_bytes(b"bytes")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    assert decode.read_regular(tmp_path / "file.jpg") == b"bytes"
+    reasons = {"fifo.jpg": "not_a_file", "folder.jpg": "not_a_file", "none.jpg": "missing_file"}
+    for name, reason in {**reasons, "loop.jpg": "unreadable", "a\0b": "unreadable", "n" * 300: "unreadable"}.items():
+        with pytest.raises(decode.Unusable) as caught:
+            decode.read_regular(tmp_path / name)
+        assert caught.value.reason == reason, name
+        assert str(tmp_path) not in str(caught.value)

@@ -1,0 +1,54 @@
+"""The eye without disease: landmarks in range, vessels that cover what they should, disc bright, fovea dark."""
+
+import numpy as np
+
+from tilestream.synthesis import photograph
+from tilestream.synthesis.anatomy import draw_eye
+from tilestream.synthesis.camera import Camera, draw_camera, field_mask
+from tilestream.synthesis.vessels import absorbance, grow
+
+
+def test_landmarks_keep_to_anatomy() -> None:
+    for seed in range(200):
+        eye = draw_eye(np.random.default_rng([seed, 1]))
+        assert 3.5 <= abs(eye.disc - eye.fovea) <= 5.5
+        assert 0.75 <= eye.disc_radius <= 0.95
+        assert abs(eye.disc) < 6.55  # in the field of view
+
+
+def test_vessels_cover_about_four_hundredths_of_the_frame_and_taper() -> None:
+    covers = []
+    for seed in range(4):
+        camera = draw_camera(np.random.default_rng([seed, 0]), (1056, 1584))
+        vessels = grow(rng := np.random.default_rng([seed, 1]), draw_eye(rng))
+        blood = absorbance(vessels, camera)
+        covers.append(((blood > 40) & (field_mask(camera) > 0)).mean())
+        widest = [max(v.calibre_um.max() for v in vessels if v.artery is kind) for kind in (True, False)]
+        assert 100 < widest[0] < 170
+        assert 118 < widest[1] < 185
+        assert min(v.calibre_um.min() for v in vessels) < 30
+    assert 0.03 < np.mean(covers) < 0.055
+
+
+def ring(image: np.ndarray, camera: Camera, place: complex, low_mm: float, high_mm: float) -> float:
+    """Median grey level between two distances from a place on the retina."""
+    y, x = np.ogrid[: camera.height, : camera.width]
+    centre_y, centre_x = camera.to_px(place.imag, place.real)
+    mm = np.hypot(y - centre_y, x - centre_x) * camera.um_per_px / 1000
+    return float(np.median(image[(mm >= low_mm) & (mm < high_mm) & (image > 12)]))
+
+
+def test_disc_is_bright_and_fovea_dark() -> None:
+    for seed in range(6):
+        image = photograph(0, size=(700, 900), seed=seed).image[..., 1].astype(float)
+        camera = draw_camera(np.random.default_rng([seed, 0]), (700, 900))
+        eye = draw_eye(np.random.default_rng([seed, 1]))
+        assert ring(image, camera, eye.disc, 0, 0.6) > 1.2 * ring(image, camera, eye.disc, 1.3, 2.0)
+        assert ring(image, camera, eye.fovea, 0, 0.3) < 0.95 * ring(image, camera, eye.fovea, 1.6, 2.2)
+
+
+def test_same_eye_at_any_size() -> None:
+    small, large = (photograph(0, size=size, seed=9).image for size in ((480, 720), (960, 1440)))
+    halved = large.reshape(480, 2, 720, 2, 3).mean((1, 3))
+    inside = halved.max(-1) > 40
+    assert np.corrcoef(halved[inside][:, 1], small[inside][:, 1].astype(float))[0, 1] > 0.95

@@ -1,0 +1,122 @@
+"""The tile plan: a value, made before anything runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from .region import Extent, Region
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One unit of work: it computes `output` of the last map, reads `window` of the image, and owns `cell` of it.
+
+    Outputs partition the last map, cells partition the image; windows overlap by the halo.
+    """
+
+    index: int
+    output: Region
+    window: Region
+    cell: Region
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """How one image is cut, with what that is predicted to cost.
+
+    `peak_bytes` is what the whole call adds to the process, `tile_bytes` the part of it that one tile's work takes;
+    `flops` counts forward and backward over all tiles, `whole_flops` the same for the uncut image.
+    """
+
+    image: Extent
+    map: Extent
+    stride: tuple[int, int]
+    tile_px: tuple[int, int]
+    tiles: tuple[Tile, ...]
+    tile_bytes: int
+    peak_bytes: int
+    flops: int
+    whole_flops: int
+
+    @property
+    def overhead(self) -> float:
+        """FLOPs over those of the uncut image; 1.0 means that no halo is computed twice."""
+        return self.flops / self.whole_flops if self.whole_flops else 1.0
+
+    @property
+    def halo_px(self) -> int:
+        """The widest border, in image pixels, that a tile borrows beyond its own cell."""
+        return max(
+            max(
+                tile.cell.y0 - tile.window.y0,
+                tile.window.y1 - tile.cell.y1,
+                tile.cell.x0 - tile.window.x0,
+                tile.window.x1 - tile.cell.x1,
+                0,
+            )
+            for tile in self.tiles
+        )
+
+    @cached_property
+    def routes(self) -> dict[int, tuple[int, ...]]:
+        """For each cell the tiles, ascending, whose windows touch it: who contributes to its gradient."""
+        return {
+            cell.index: tuple(t.index for t in self.tiles if not t.window.intersect(cell.cell).empty)
+            for cell in self.tiles
+            if not cell.cell.empty
+        }
+
+    @cached_property
+    def targets(self) -> dict[int, tuple[int, ...]]:
+        """`routes` the other way: for each tile the cells that its window touches."""
+        targets: dict[int, list[int]] = {tile.index: [] for tile in self.tiles}
+        for cell, tiles in self.routes.items():
+            for tile in tiles:
+                targets[tile].append(cell)
+        return {tile: tuple(cells) for tile, cells in targets.items()}
+
+    def to_json(self) -> str:
+        """The plan as text, for run folders: `from_json` gives it back equal."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TilePlan:
+        raw: dict[str, Any] = json.loads(text)
+        tiles = tuple(
+            Tile(t["index"], Region(**t["output"]), Region(**t["window"]), Region(**t["cell"]))
+            for t in raw.pop("tiles")
+        )
+        pairs = {key: tuple(raw.pop(key)) for key in ("image", "map", "stride", "tile_px")}
+        return cls(**pairs, **raw, tiles=tiles)
+
+    def __str__(self) -> str:
+        rows, columns = (-(-n // t) for n, t in zip(self.map, _cells(self), strict=True))
+        return (
+            f"image {self.image[0]} x {self.image[1]} px, {rows} x {columns} tiles of {self.tile_px[0]} x {self.tile_px[1]} px, "
+            f"halo {self.halo_px} px, peak {_bytes(self.peak_bytes)}, {self.flops / 1e9:.1f} GFLOP "
+            f"({self.overhead:.2f}x the uncut image)"
+        )
+
+
+def tile_regions(extent: Extent, size: tuple[int, int]) -> list[Region]:
+    """Cuts a map into boxes of `size` in row-major order, smaller at the far borders.
+
+    >>> [str(r) for r in tile_regions((3, 2), (2, 2))]
+    ['y [0, 2) x [0, 2)', 'y [2, 3) x [0, 2)']
+    """
+    return [
+        Region(y, min(y + size[0], extent[0]), x, min(x + size[1], extent[1]))
+        for y in range(0, extent[0], size[0])
+        for x in range(0, extent[1], size[1])
+    ]
+
+
+def _cells(plan: TilePlan) -> tuple[int, int]:
+    return plan.tile_px[0] // plan.stride[0], plan.tile_px[1] // plan.stride[1]
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"

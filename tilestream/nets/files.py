@@ -1,0 +1,118 @@
+"""Model files: safetensors whose metadata holds the architecture, its parameters and the preprocessing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+_EXTRA = "preprocessing."
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model file, read: `net` in evaluation mode, `preprocessing` as it was saved, tensors included."""
+
+    net: nn.Module
+    architecture: str
+    parameters: dict[str, Any]
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+
+
+def build(architecture: str, parameters: Mapping[str, Any] | None = None) -> nn.Module:
+    """The network that `architecture` makes: a name of `tilestream.nets` (resnet18) or package.module:factory.
+
+    Raises ValueError that names what is missing.
+    """
+    module_name, _, name = architecture.rpartition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name or __package__ or ""), name, None)
+    except ImportError as error:
+        raise ValueError(f"net={architecture!r}: {error}") from error
+    if not callable(factory) or (not module_name and not (name.startswith("resnet") or name == "ResidualNet")):
+        known = "ResidualNet, resnet18, resnet34, resnet50 or package.module:factory"
+        raise ValueError(f"net={architecture!r} is not known; use {known}")
+    net = factory(**dict(parameters or {}))
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net={architecture!r} made a {type(net).__name__}; it must make a torch.nn.Module")
+    return net.eval()
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    net: nn.Module,
+    *,
+    architecture: str,
+    parameters: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model file, whole or not at all. Values of `preprocessing` are tensors or whatever JSON can hold."""
+    extra = dict(preprocessing or {})
+    tensors = {f"{_EXTRA}{k}": v.detach().cpu().contiguous() for k, v in extra.items() if isinstance(v, Tensor)}
+    tensors.update({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()})
+    metadata = {
+        "format": "pt",
+        "architecture": architecture,
+        "parameters": json.dumps(dict(parameters or {}), sort_keys=True),
+        "preprocessing": json.dumps({k: v for k, v in extra.items() if not isinstance(v, Tensor)}, sort_keys=True),
+    }
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_model(
+    path: str | os.PathLike[str], *, architecture: str | None = None, parameters: Mapping[str, Any] | None = None
+) -> Model:
+    """Reads a model file and rebuilds its network; `architecture` is for files whose metadata do not name one.
+
+    Raises FileNotFoundError, or ValueError for a file that is no model or does not fit the architecture.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"model file {os.fspath(path)!r} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"model file {os.fspath(path)!r} is not a safetensors file: {error}") from error
+    architecture = architecture or metadata.get("architecture")
+    if architecture is None:
+        raise ValueError(
+            f"model file {os.fspath(path)!r} does not name its architecture; give --net package.module:factory"
+        )
+    kwargs = dict(parameters) if parameters is not None else json.loads(metadata.get("parameters", "{}"))
+    preprocessing = json.loads(metadata.get("preprocessing", "{}"))
+    preprocessing.update({k[len(_EXTRA) :]: state.pop(k) for k in list(state) if k.startswith(_EXTRA)})
+    net = build(architecture, kwargs)
+    floats = {t.dtype for t in state.values() if t.is_floating_point()}
+    if len(floats) == 1:
+        net.to(floats.pop())
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(f"model file {os.fspath(path)!r} does not fit net={architecture!r}: {first}") from error
+    return Model(net.eval(), architecture, kwargs, preprocessing)
+
+
+def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Fills `net` with the weights of a model file or any safetensors state dict of the same network."""
+    with safe_open(path, framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(_EXTRA)}  # noqa: SIM118
+    net.load_state_dict(state)

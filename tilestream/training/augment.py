@@ -1,0 +1,54 @@
+"""Random flips, rotation and colour, batch by batch, on the device that trains."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tilestream.training.config import TrainingConfig
+
+
+def augment(images: Tensor, config: TrainingConfig, epoch: int, positions: np.ndarray) -> Tensor:
+    """Return images changed at random, each by numbers that depend on its place in the epoch alone.
+
+    Flips are exact. Rotation about the centre is bilinear; what it uncovers takes the mean of the image's four
+    corners, the background of a fundus photograph. Colour is relative to each image, so any normalisation will do:
+    brightness adds up to `colour` standard deviations, contrast scales about the image's mean and saturation about
+    each pixel's channel mean by a factor in 1 -+ `colour`; nothing is clipped.
+
+    Args:
+        images: (N, C, H, W) float32.
+        config: its fields flips, rotation_deg, colour and seed.
+        epoch: the epoch's number.
+        positions: (N,) places of the images in the epoch's order.
+
+    Returns:
+        (N, C, H, W) float32 on the same device.
+    """
+    generators = [np.random.default_rng((config.seed, epoch, 1, int(position))) for position in positions]
+    draws = torch.tensor(np.stack([generator.random(6) for generator in generators]), dtype=torch.float32)
+    flip_y, flip_x, *others = draws.to(images.device)[:, :, None, None, None].unbind(1)
+    angle, brightness, contrast, saturation = (2 * other - 1 for other in others)
+    if config.flips:
+        images = torch.where(flip_y < 0.5, images.flip(2), images)
+        images = torch.where(flip_x < 0.5, images.flip(3), images)
+    if config.rotation_deg:
+        images = _rotate(images, angle.flatten() * math.radians(config.rotation_deg))
+    if config.colour:
+        mean, spread = images.mean((1, 2, 3), keepdim=True), images.std((1, 2, 3), keepdim=True)
+        images = mean + (images - mean) * (1 + config.colour * contrast) + config.colour * brightness * spread
+        grey = images.mean(1, keepdim=True)
+        images = grey + (images - grey) * (1 + config.colour * saturation)
+    return images
+
+
+def _rotate(images: Tensor, angle: Tensor) -> Tensor:
+    """Rotate (N, C, H, W) by angles (N,) in radians, in pixels, whatever the aspect ratio."""
+    height, width = images.shape[2:]
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    matrix = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], 1).view(-1, 2, 3)
+    grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
+    fill = images[:, :, :: height - 1 or 1, :: width - 1 or 1].mean((2, 3), keepdim=True)
+    return functional.grid_sample(images - fill, grid, align_corners=False) + fill

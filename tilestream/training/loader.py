@@ -1,0 +1,128 @@
+"""Batches of examples, read ahead by threads, in an order that depends on the seed and the epoch alone."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tilestream.training.augment import augment
+from tilestream.training.config import TrainingConfig
+
+
+class Examples(Protocol):
+    """Normalised images with labels; reading one may be slow and happens in several threads at once."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64 class numbers from 0."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        """(C, H, W) float32, the same shape for every index."""
+
+
+class Cached:
+    """Examples that keep what was read, as long as it fits into `limit_bytes`."""
+
+    def __init__(self, examples: Examples, limit_bytes: int) -> None:
+        self.labels = examples.labels
+        self._examples, self._free_bytes = examples, limit_bytes
+        self._kept: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        image = self._kept.get(index)
+        if image is None:
+            image = self._examples[index]
+            with self._lock:
+                if index not in self._kept and image.nbytes <= self._free_bytes:
+                    self._kept[index] = image
+                    self._free_bytes -= image.nbytes
+        return image
+
+
+class Loader:
+    """One epoch of augmented training batches: yields images (N, C, H, W) float32 and labels (N,) int64 on `device`.
+
+    Batches are of equal size up to one, at most `config.batch_size`: batch normalisation needs more than one value a
+    channel, so no batch of 1 is left over (with a batch size of 2 and an odd number, one batch holds 3). Neither
+    order nor augmentation depends on the number of threads or on their timing. Two batches are read ahead.
+    """
+
+    def __init__(self, examples: Examples, config: TrainingConfig, epoch: int, device: torch.device) -> None:
+        self._examples, self._config, self._epoch, self._device = examples, config, epoch, device
+        self.order = epoch_order(examples.labels, config, epoch)
+        self._batches = np.array_split(np.arange(len(self.order)), batch_count(len(self.order), config.batch_size))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = [self.order[places] for places in self._batches]
+        read = read_batches(self._examples, batches, self._config.loader_threads, self._device)
+        for places, (images, labels) in zip(self._batches, read, strict=True):
+            yield augment(images, self._config, self._epoch, places), labels
+
+
+def batch_count(examples: int, batch_size: int) -> int:
+    """Return the number of batches that leaves none with a single example, unless `batch_size` is 1."""
+    count = -(-examples // batch_size)
+    return count if batch_size == 1 else max(1, min(count, examples // 2))
+
+
+def epoch_order(labels: np.ndarray, config: TrainingConfig, epoch: int) -> np.ndarray:
+    """Return the indices (n,) of one epoch: a permutation, or equally many a class for `balance="sampling"`.
+
+    Sampling repeats a rare class whole before it repeats any example once more, and takes a different part of a
+    frequent class each epoch.
+    """
+    rng = np.random.default_rng((config.seed, epoch, 0))
+    if config.balance != "sampling":
+        return rng.permutation(len(labels))
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    shares = [len(part) for part in np.array_split(labels, len(classes))]
+    drawn = [
+        np.concatenate([rng.permutation(members) for _ in range(-(-share // len(members)))])[:share]
+        for members, share in zip(classes, shares, strict=True)
+    ]
+    return rng.permutation(np.concatenate(drawn))
+
+
+def read_batches(
+    examples: Examples, batches: Sequence[np.ndarray], threads: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images (N, C, H, W) float32, channels last in memory, and labels (N,) for each batch of indices.
+
+    Raises:
+        ValueError: an example is not (C, H, W) float32, or not of its batch's shape.
+    """
+    labels = torch.from_numpy(np.asarray(examples.labels, dtype=np.int64))
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    try:
+        reading = deque([pool.submit(examples.__getitem__, int(i)) for i in batch] for batch in batches[:2])
+        for number, batch in enumerate(batches):
+            images = [future.result() for future in reading.popleft()]
+            if number + 2 < len(batches):
+                reading.append([pool.submit(examples.__getitem__, int(i)) for i in batches[number + 2]])
+            for index, image in zip(batch, images, strict=True):
+                if image.dtype != np.float32 or image.ndim != 3 or image.shape != images[0].shape:
+                    raise ValueError(
+                        f"example {index} is {image.dtype} {image.shape}, must be float32 (C, H, W), here "
+                        f"{images[0].shape}; bring all examples to one shape"
+                    )
+            stacked = torch.from_numpy(np.stack(images))
+            if device.type == "cuda":
+                stacked = stacked.pin_memory()
+            stacked = stacked.to(device, non_blocking=True, memory_format=torch.channels_last)
+            yield stacked, labels[torch.from_numpy(batch)].to(device)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
