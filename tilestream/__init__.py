@@ -1,1 +1,37 @@
-"""tilestream: any traced CNN, forward and backward over an image of any size, exactly, in a memory budget."""
+"""tilestream: any traced CNN, forward and backward over an image of any size, exactly, in a memory budget.
+
+>>> import tilestream as ts
+>>> net = ts.nets.ResidualNet(num_classes=2).eval()
+>>> streamed = ts.stream(net, memory="2 GiB")
+>>> print(streamed.plan((3, 512, 512)))  # doctest: +ELLIPSIS
+image 512 x 512 px, 1 x 1 tiles ...
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import nets
+    from .engine import Saliency, Streamed, stream
+    from .store import open_dataset
+
+__version__ = version("tilestream")
+__all__ = ["Saliency", "Streamed", "nets", "open_dataset", "stream"]
+
+_PLACES = {"stream": "engine", "Streamed": "engine", "Saliency": "engine", "open_dataset": "store"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: `import tilestream` alone loads neither torch nor xarray."""
+    if name == "nets":
+        return import_module(".nets", __name__)
+    if name in _PLACES:
+        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

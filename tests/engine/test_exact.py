@@ -1,8 +1,6 @@
 """Tiled equals un-tiled: DESIGN's tests (a), (b) and the negative control (d)."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,24 +12,21 @@ from torch import nn
 from tilestream.engine import SaliencyPass, plan, stream, trace
 from tilestream.geometry import Region
 
-sys.path.insert(0, str(Path(__file__).parent))
-from networks import integers, paper_net, small_resnet18, whole
-
 CASES = [
-    (paper_net, (301, 453), 64),
-    (paper_net, (301, 453), 192),
-    (paper_net, (257, 130), 128),
-    (paper_net, (64, 65), 64),
-    (small_resnet18, (173, 227), 32),
-    (small_resnet18, (173, 227), 96),
-    (small_resnet18, (97, 211), 64),
-    (small_resnet18, (1, 33), 32),
+    ("paper_net", (301, 453), 64),
+    ("paper_net", (301, 453), 192),
+    ("paper_net", (257, 130), 128),
+    ("paper_net", (64, 65), 64),
+    ("small_resnet18", (173, 227), 32),
+    ("small_resnet18", (173, 227), 96),
+    ("small_resnet18", (97, 211), 64),
+    ("small_resnet18", (1, 33), 32),
 ]
 
 
 @pytest.mark.parametrize(("make", "size", "tile"), CASES)
-def test_float64_equals_the_whole(make, size, tile):
-    net, image = make(), torch.randn(3, *size, dtype=torch.float64)
+def test_float64_equals_the_whole(make, size, tile, whole, request):
+    net, image = request.getfixturevalue(make), torch.randn(3, *size, dtype=torch.float64)
     logits, gradient = whole(net, image, 2)
     streamed = stream(net, tile=tile)
     result = streamed.saliency(image, target=2, reduce=None)
@@ -42,8 +37,8 @@ def test_float64_equals_the_whole(make, size, tile):
 
 
 @pytest.mark.parametrize("reduce", ["mean", "absmean", "absmax"])
-def test_reductions_of_channels(reduce):
-    net, image = small_resnet18(), torch.randn(3, 90, 121, dtype=torch.float64)
+def test_reductions_of_channels(reduce, whole, small_resnet18):
+    net, image = small_resnet18, torch.randn(3, 90, 121, dtype=torch.float64)
     gradient = whole(net, image, 1)[1].numpy()
     expected = {
         "mean": gradient.mean(axis=0),
@@ -55,9 +50,16 @@ def test_reductions_of_channels(reduce):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
 
+def integers(net: nn.Module) -> nn.Module:
+    """Weights drawn from -2..2, so that float32 adds without rounding."""
+    for parameter in net.parameters():
+        parameter.data = torch.randint(-2, 3, parameter.shape).to(parameter.dtype)
+    return net.eval()
+
+
 @st.composite
 def integer_cases(draw):
-    """Up to three windowed layers with any kernel, stride, padding and dilation, a max pooling head, an image, a tile."""
+    """Up to three windowed layers of any kernel, stride, padding and dilation, a max pooling head, an image, a tile."""
     pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
     layers, channels = [], 3
     for _ in range(draw(st.integers(1, 3))):
@@ -84,8 +86,8 @@ def integer_cases(draw):
 @settings(
     max_examples=60, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
 )  # a network shrinks slowly
-@given(integer_cases())
-def test_integers_are_equal_bit_for_bit(case):
+@given(case=integer_cases())
+def test_integers_are_equal_bit_for_bit(whole, case):
     net, image, cells = case
     try:
         logits, gradient = whole(net, image, 1)
@@ -99,8 +101,8 @@ def test_integers_are_equal_bit_for_bit(case):
     np.testing.assert_array_equal(result.numpy(), gradient.numpy())
 
 
-def test_a_halo_too_narrow_by_one_pixel_is_wrong_and_noticed():
-    """The negative control: a tile that misses the last column of its halo is far off, and the engine refuses to run it."""
+def test_a_halo_too_narrow_by_one_pixel_is_wrong_and_noticed(whole):
+    """The negative control: a tile that misses a column of its halo is far off, and the engine refuses to run it."""
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).double().eval()
     image = torch.randn(3, 64, 64, dtype=torch.float64)
@@ -108,7 +110,7 @@ def test_a_halo_too_narrow_by_one_pixel_is_wrong_and_noticed():
     layout = plan(trace(net), (64, 64), tile=16)
     work = SaliencyPass(trace(net), layout, target=1, reduce=None)
     narrow = replace(layout.tiles[0], window=replace(layout.tiles[0].window, x1=layout.tiles[0].window.x1 - 1))
-    with pytest.raises(ValueError, match="reads .* but its outputs need"):
+    with pytest.raises(ValueError, match=r"reads .* but its outputs need"):
         work.pieces(image, narrow, work.upstream())
 
     class ColumnLost:
@@ -136,7 +138,7 @@ def test_a_halo_too_narrow_by_one_pixel_is_wrong_and_noticed():
 
 
 @pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)])
-def test_a_head_that_is_not_linear_takes_two_sweeps(pool):
+def test_a_head_that_is_not_linear_takes_two_sweeps(pool, whole):
     net = nn.Sequential(
         nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU(), pool, nn.Flatten(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2)
     )
@@ -148,7 +150,7 @@ def test_a_head_that_is_not_linear_takes_two_sweeps(pool):
     np.testing.assert_allclose(result.numpy(), gradient.numpy(), rtol=0, atol=1e-12)
 
 
-def test_average_pooling_addition_and_channel_padding():
+def test_average_pooling_addition_and_channel_padding(whole):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -171,10 +173,10 @@ def test_average_pooling_addition_and_channel_padding():
     np.testing.assert_allclose(result.numpy(), gradient.numpy(), rtol=0, atol=1e-12)
 
 
-def test_sources_of_every_kind_give_the_same(tmp_path):
+def test_sources_of_every_kind_give_the_same(tmp_path, small_resnet18):
     import zarr
 
-    net = small_resnet18().float()
+    net = small_resnet18.float()
     image = np.random.default_rng(0).integers(0, 256, (3, 70, 90), dtype=np.uint8)
     stored = zarr.create_array(tmp_path / "image.zarr", data=image, chunks=(3, 32, 32))
     mapped = np.memmap(tmp_path / "image.raw", np.uint8, "w+", shape=image.shape)
@@ -186,13 +188,13 @@ def test_sources_of_every_kind_give_the_same(tmp_path):
         np.testing.assert_array_equal(streamed.saliency(source).numpy(), expected)
 
 
-def test_batches_go_image_by_image():
-    net, images = small_resnet18(), torch.randn(3, 3, 65, 70, dtype=torch.float64)
+def test_batches_go_image_by_image(small_resnet18):
+    net, images = small_resnet18, torch.randn(3, 3, 65, 70, dtype=torch.float64)
     torch.testing.assert_close(stream(net, tile=32)(images), net(images).detach(), rtol=0, atol=1e-12)
 
 
-def test_new_weights_are_seen():
-    net, image = small_resnet18(), torch.randn(3, 65, 70, dtype=torch.float64)
+def test_new_weights_are_seen(small_resnet18):
+    net, image = small_resnet18, torch.randn(3, 65, 70, dtype=torch.float64)
     streamed = stream(net, tile=32)
     before = streamed(image)
     with torch.no_grad():

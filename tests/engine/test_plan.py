@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_flops_are_those_of_the_convolutions(network):
     whole = plan(network, (1024, 1024), memory=8 << 30)
     resolution, macs = 512, 512 * 512 * 32 * 3 * 49
     widths = [32, 32, 64, 128, 256, 512]
-    for before, width in zip(widths, widths[1:], strict=False):
+    for before, width in pairwise(widths):
         resolution //= 2
         macs += resolution**2 * 9 * (before * width + 2 * width * width)
     assert whole.whole_flops == pytest.approx(4 * macs, rel=0.02)

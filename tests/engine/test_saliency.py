@@ -39,7 +39,7 @@ def test_nan_is_an_error():
     net = resnet18().eval()
     image = torch.zeros(3, 64, 64)
     image[0, 40, 40] = float("nan")
-    with pytest.raises(ValueError, match="tile 0 .* NaN"):
+    with pytest.raises(ValueError, match=r"tile 0 .* NaN"):
         stream(net, tile=64).saliency(image)
     with pytest.raises(ValueError, match="NaN"):
         stream(net, tile=64)(image)

@@ -110,7 +110,7 @@ def test_windows_refuse_nonsense():
         Window((3, 3), padding=((-1, 0), (0, 0)))
     with pytest.raises(ValueError, match="does not fit"):
         Window((3, 3)).extent((2, 9))
-    with pytest.raises(ValueError, match="border=0.5"):
+    with pytest.raises(ValueError, match=r"border=0\.5"):
         interior((10, 10), 0.5)
 
 

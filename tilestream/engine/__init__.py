@@ -11,6 +11,6 @@ from .tile import Partial, Source, TileRunner
 from .trace import Network, trace
 
 __all__ = [
-    "METHODS", "REDUCES", "Network", "Partial", "Peak", "Reduce", "Saliency", "SaliencyPass", "Source", "Streamed", "TileRunner",
-    "highest", "highest_of", "parse_bytes", "plan", "stream", "trace",
+    "METHODS", "REDUCES", "Network", "Partial", "Peak", "Reduce", "Saliency", "SaliencyPass", "Source", "Streamed",
+    "TileRunner", "highest", "highest_of", "parse_bytes", "plan", "stream", "trace",
 ]  # fmt: skip

@@ -10,8 +10,8 @@ _THRESHOLD_BYTES = 2**20
 def return_freed_memory() -> None:
     """Has glibc map every buffer from 1 MiB on its own, for the whole process, so that freeing it shrinks the process.
 
-    By default glibc raises that limit to 32 MiB as it goes and keeps freed buffers in fragments: measured at twice the live
-    tensors for tiles of half a gigabyte, at the same speed. Other C libraries return large buffers by themselves.
+    By default glibc raises that limit to 32 MiB as it goes and keeps freed buffers in fragments: measured at twice the
+    live tensors for tiles of half a gigabyte, at the same speed. Other C libraries return large buffers by themselves.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

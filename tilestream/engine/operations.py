@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..geometry import Extent, Region, Window
+from tilestream.geometry import Extent, Region, Window
 
 Pair = tuple[int, int]
 
@@ -43,7 +45,12 @@ class Pointwise:
         return inputs[0]
 
     def need(self, region: Region, extent: Extent) -> Region:
+        """The part of an input map of this extent that the outputs in `region` are computed from."""
         return region
+
+    def reads(self, axis: int, start: Any, stop: Any, length: int) -> tuple[Any, Any]:
+        """`need` along one axis, for one interval or (arrays) for many at once; `length` is the input map's."""
+        return start, stop
 
     def flops(self, channels: int) -> int:
         """FLOPs for one pixel of the output map."""
@@ -74,13 +81,16 @@ class Windowed:
         return self.window.extent(inputs[0])
 
     def need(self, region: Region, extent: Extent) -> Region:
-        need, (height, width) = self.window.need(region, extent), extent
-        if need.area:
-            return need
-        # outputs that see nothing but padding: the nearest pixels stand in, and `run` crops them away
-        y = need.y0 if need.height > 0 else min(max(need.y0, 0), height - 1)
-        x = need.x0 if need.width > 0 else min(max(need.x0, 0), width - 1)
-        return Region(y, max(need.y1, y + 1), x, max(need.x1, x + 1))
+        y0, y1 = self.reads(0, region.y0, region.y1, extent[0])
+        x0, x1 = self.reads(1, region.x0, region.x1, extent[1])
+        return Region(int(y0), int(y1), int(x0), int(x1))
+
+    def reads(self, axis: int, start: Any, stop: Any, length: int) -> tuple[Any, Any]:
+        window = self.window
+        offset, stride = window.padding[axis][0], window.stride[axis]
+        # outputs that see nothing but padding read the nearest pixel, which `run` crops away
+        first = np.clip(start * stride - offset, 0, length - 1)
+        return first, np.clip((stop - 1) * stride - offset + window.reach[axis], first + 1, length)
 
     def flops(self, channels: int) -> int:
         return channels * self.flops_per_channel
@@ -162,10 +172,6 @@ def add() -> Pointwise:
     return Pointwise(torch.add)
 
 
-def identity() -> Pointwise:
-    return Pointwise(lambda x: x, flops_per_channel=0)
-
-
 def channel_pad(before: int, after: int) -> Pointwise:
     """New channels of zeros before and after those that are there."""
     return Pointwise(
@@ -203,10 +209,10 @@ def average_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Windowed:
-    if ceil_mode or divisor_override is not None or (padding not in (0, (0, 0)) and not count_include_pad):
+    if ceil_mode or divisor_override is not None or (pair(padding) != (0, 0) and not count_include_pad):
         raise ValueError(
-            f"average pooling with ceil_mode={ceil_mode}, count_include_pad={count_include_pad}, divisor_override={divisor_override} "
-            "cannot be streamed; use ceil_mode=False, count_include_pad=True, divisor_override=None"
+            f"average pooling with ceil_mode={ceil_mode}, count_include_pad={count_include_pad}, "
+            f"divisor_override={divisor_override} cannot be streamed; use False, True, None"
         )
     window = _pool_window(kernel_size, stride, padding, 1)
     return Windowed(

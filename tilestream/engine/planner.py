@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from pydantic import ByteSize, TypeAdapter
 
-from ..geometry import Extent, Region, Tile, TilePlan, tile_regions
+from tilestream.geometry import Extent, Region, Tile, TilePlan, tile_regions
+
 from .tile import extents, propagate
 from .trace import Network
 
 SLACK, CUT_SLACK, FIXED_BYTES = 1.05, 1.4, 32 * 2**20
-"""What the tensors' sizes do not show: kernels' packed weights and scratch, and in tiles the copies of crops. Measured."""
+"""What the tensors' sizes do not show: kernels' packed weights and scratch, in tiles the copies of crops. Measured."""
 
 Sizes = dict[str, tuple[int, int]]
 
@@ -81,9 +82,8 @@ class _Planner:
     def _fixed(self, tile: int) -> tuple[int, int]:
         for stride in self.stride:
             if tile < 1 or tile % stride:
-                raise ValueError(
-                    f"tile={tile} px must be a multiple of the stride {stride}; use {-(-max(tile, 1) // stride) * stride}"
-                )
+                use = -(-max(tile, 1) // stride) * stride
+                raise ValueError(f"tile={tile} px must be a multiple of the stride {stride}; use {use}")
         return min(tile // self.stride[0], self.map[0]), min(tile // self.stride[1], self.map[1])
 
     def _sizes(self) -> Iterator[tuple[int, int]]:
@@ -119,10 +119,7 @@ class _Planner:
 
     def _result_bytes(self, size: tuple[int, int], window: int) -> int:
         """The gradient map, and the strips of it that wait for their neighbours (a row of tiles and one more)."""
-        if size == self.map:
-            waiting = window
-        else:
-            waiting = (-(-self.map[1] // size[1]) + 1) * window
+        waiting = window if size == self.map else (-(-self.map[1] // size[1]) + 1) * window
         return (
             (self.image[0] * self.image[1] + min(waiting, 2 * self.image[0] * self.image[1]))
             * self.itemsize

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..geometry import Extent, Region, Tile, TilePlan, interior
+from tilestream.geometry import Extent, Region, Tile, TilePlan, interior
+
 from .tile import Array, Partial, Source, TileRunner, Upstream, combine, tensors
 from .trace import Network, head_gradient
 
@@ -70,8 +71,8 @@ def highest_of(peaks: Sequence[Peak | None]) -> Peak:
 class SaliencyPass:
     """The pass over one image, split so that each piece can run anywhere: tiles, then cells.
 
-    `target` is the logit that is differentiated. Where the head is linear after average pooling, its gradient is known before
-    anything runs (`upstream()`); otherwise the forward pass comes first and `upstream(pooled)` takes its result.
+    `target` is the logit that is differentiated. Where the head is linear after average pooling, its gradient is known
+    before anything runs (`upstream()`); otherwise the forward pass comes first and `upstream(pooled)` takes its result.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class SaliencyPass:
         if pooled is None:
             if not self.one_sweep:
                 raise ValueError("this network needs its pooled values before the gradient; run forward first")
-            channels = {n.name: n.channels for n in self.network.nodes}
+            channels = {self.network.image: self.network.channels, **{n.name: n.channels for n in self.network.nodes}}
             values = [Partial(np.zeros(channels[value])) for value, _ in self.network.pooled.values()]
         else:
             values = pooled
@@ -137,36 +138,55 @@ class SaliencyPass:
         return partials, parts
 
     def cell(self, index: int, pieces: Sequence[tuple[Region, Array]]) -> Array:
-        """A cell's saliency from its pieces in ascending order of tiles: (h, w), or (C, h, w) for reduce=None."""
-        cell = self.plan.tiles[index].cell
-        channels = pieces[0][1].shape[0]
-        total = np.zeros((channels, *cell.shape), pieces[0][1].dtype)
-        for region, values in pieces:
-            total[(slice(None), *region.within(cell))] += values
+        """A cell's saliency from its pieces in ascending order of tiles: (h, w), or (C, h, w) for reduce=None.
+
+        `pieces` is empty for a cell that no output reads (`routes` says so); its gradient is zero.
+        """
+        total = self._zeros(index)
+        for piece in pieces:
+            self._add(total, index, piece)
+        return self._reduced(total)
+
+    def _zeros(self, index: int) -> Array:
+        channels = 1 if self.reduce == "mean" else self.network.channels
+        shape = (channels, *self.plan.tiles[index].cell.shape)
+        return np.zeros(shape, torch.empty((), dtype=self.network.dtype).numpy().dtype)
+
+    def _add(self, total: Array, index: int, piece: tuple[Region, Array]) -> None:
+        region, values = piece
+        total[(slice(None), *region.within(self.plan.tiles[index].cell))] += values
+
+    def _reduced(self, total: Array) -> Array:
         if self.reduce == "absmean":
-            return np.abs(total).mean(axis=0)
-        if self.reduce == "absmax":
-            return np.abs(total).max(axis=0)
-        return total[0] if self.reduce == "mean" else total
+            total = np.abs(total).mean(axis=0)
+        elif self.reduce == "absmax":
+            total = np.abs(total).max(axis=0)
+        elif self.reduce == "mean":
+            total = total[0]  # the mean was taken in each tile
+        return total
 
     def run(
         self, source: Source, write: Callable[[Region, Array], None], progress: Callable[[int, int], None] | None = None
     ) -> torch.Tensor:
-        """All tiles in this process; `write(cell, values)` gets each cell as soon as it is complete. Returns the logits."""
+        """All tiles in this process; `write(cell, values)` gets each cell once it is complete. Returns the logits."""
         tiles, routes = self.plan.tiles, self.plan.routes
         if self.one_sweep:
             upstream = self.upstream()
         else:
             upstream = self.upstream(self.pooled([self.forward(source, tile) for tile in tiles]))
-        waiting: dict[int, list[tuple[Region, Array]]] = {}
+        for index in (index for index, readers in routes.items() if not readers):
+            write(tiles[index].cell, self.cell(index, []))  # no output reads it
+        sums: dict[int, Array] = {}
         partials = []
         for tile in tiles:
             shares, parts = self.pieces(source, tile, upstream)
             partials.append(shares)
             for index, piece in parts.items():
-                waiting.setdefault(index, []).append(piece)
+                if index not in sums:
+                    sums[index] = self._zeros(index)
+                self._add(sums[index], index, piece)
                 if routes[index][-1] == tile.index:
-                    write(tiles[index].cell, self.cell(index, waiting.pop(index)))
+                    write(tiles[index].cell, self._reduced(sums.pop(index)))
             if progress is not None:
                 progress(tile.index + 1, len(tiles))
         return self.logits(self.pooled(partials))
@@ -203,6 +223,6 @@ class Saliency:
         """Copies the map into `target`, an array of the same shape, a band of rows at a time."""
         if tuple(target.shape) != self.shape:
             raise ValueError(f"target.shape={tuple(target.shape)} must be {self.shape}, the shape of the saliency map")
-        rows = max(1, getattr(target, "chunks", self.shape)[-2])  # whole chunks, so that no chunk is written twice
+        rows = max(1, (getattr(target, "chunks", None) or self.shape)[-2])  # whole chunks, so that no chunk is written twice
         for start in range(0, self.shape[-2], rows):
             target[..., start : start + rows, :] = self._values[..., start : start + rows, :]

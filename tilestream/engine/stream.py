@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..geometry import TilePlan
+from tilestream.geometry import TilePlan
+
 from .allocator import return_freed_memory
 from .planner import parse_bytes, plan
 from .saliency import Reduce, Saliency, SaliencyPass
@@ -22,15 +23,15 @@ DEFAULT_MEMORY = "2 GiB"
 def stream(net: nn.Module, *, memory: int | str | None = None, tile: int | None = None) -> Streamed:
     """A network that runs over images of any size tile by tile, with the results of the un-tiled network.
 
-    `memory` bounds what a call adds to the process's resident memory ("2 GiB" unless given); `tile` fixes the side of the
-    tiles instead, in input px, a multiple of the network's stride. `net` must be in evaluation mode, and every operation before
-    its global pooling must be one that can be streamed exactly; ValueError names the module otherwise.
+    `memory` bounds what a call adds to the process's resident memory ("2 GiB" unless given); `tile` fixes the side of
+    the tiles instead, in input px, a multiple of the network's stride. `net` must be in evaluation mode, and every
+    operation before its global pooling must be one that can be streamed exactly; ValueError names the module otherwise.
     """
     return Streamed(net, memory=memory, tile=tile)
 
 
 class Streamed:
-    """A network, streamed: see `stream`. Weights may change between calls; the network is traced again when they did."""
+    """A network, streamed: see `stream`. Weights may change between calls: the network is traced again if they did."""
 
     def __init__(self, net: nn.Module, *, memory: int | str | None = None, tile: int | None = None) -> None:
         if memory is not None and tile is not None:
@@ -65,7 +66,7 @@ class Streamed:
         )
 
     def __call__(self, image: Source) -> Tensor:
-        """Logits, (N, num_classes), equal to `net(image)`; `image` is (C, H, W) or (N, C, H, W), uint8 is cast, never scaled."""
+        """Logits, (N, num_classes), equal to `net(image)`; `image` is (C, H, W) or (N, C, H, W), cast, not scaled."""
         images = [image] if len(image.shape) == 3 else [_Item(image, i) for i in range(image.shape[0])]
         return torch.cat([self._forward(each) for each in images])
 
@@ -80,8 +81,9 @@ class Streamed:
     ) -> Saliency:
         """d logit[target] / d input, tile by tile, over `image` (C, H, W) or (1, C, H, W).
 
-        Channels are reduced by their signed mean, or `reduce="absmean"`, `"absmax"`, None (kept). `progress(done, tiles)` is called
-        after each tile. Raises ValueError for an unknown target, method or reduce, a budget that is too small, and NaN.
+        Channels are reduced by their signed mean, or `reduce="absmean"`, `"absmax"`, None (kept). After each tile
+        `progress(done, tiles)` is called. Raises ValueError for an unknown target, method or reduce, a budget that is
+        too small, and NaN.
         """
         network, source = self.network(), self._single(image)
         layout = self.plan(source.shape, reduce=reduce)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..geometry import Extent, Region, Tile
+from tilestream.geometry import Extent, Region, Tile
+
 from .trace import Network
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 
 class Source(Protocol):
@@ -27,7 +28,7 @@ class Source(Protocol):
 
 
 def propagate(network: Network, outputs: Mapping[str, Region], extents: Mapping[str, Extent]) -> dict[str, Region]:
-    """Backward interval propagation: the region of every value that the regions `outputs` need, hulls over all users."""
+    """Backward interval propagation: the region of every value that the regions `outputs` need, hulls over users."""
     regions = dict(outputs)
     for node in reversed(network.nodes):
         if (region := regions.get(node.name)) is None:
@@ -45,7 +46,7 @@ def extents(network: Network, image: Extent) -> dict[str, Extent]:
         try:
             known[node.name] = node.operation.extent(*(known[name] for name in node.inputs))
         except ValueError as error:
-            raise ValueError(f"image of {image[0]} x {image[1]} px: {node.path}: {error}") from None
+            raise ValueError(f"image of {image[0]} x {image[1]} px: {node.path or node.name}: {error}") from None
     return known
 
 
@@ -77,7 +78,7 @@ class TileRunner:
     def forward(self, source: Source, tile: Tile) -> tuple[Partial, ...]:
         """This tile's share of every pooling."""
         with torch.no_grad():
-            maps, _ = self._trunk(self._read(source, tile.window), tile)
+            maps = self._trunk(self._read(source, tile.window), tile)
             return tuple(self._pool(maps[value], kind, tile) for value, kind in self.network.pooled.values())
 
     def gradient(
@@ -90,7 +91,7 @@ class TileRunner:
         """
         window = self._read(source, tile.window).requires_grad_()
         with torch.enable_grad():
-            maps, _ = self._trunk(window, tile)
+            maps = self._trunk(window, tile)
         partials = tuple(self._pool(maps[value].detach(), kind, tile) for value, kind in self.network.pooled.values())
         outputs, gradients = [], []
         for (value, kind), (winners, gradient) in zip(self.network.pooled.values(), upstream, strict=True):
@@ -108,14 +109,14 @@ class TileRunner:
         x = x.detach().to(self.network.device, self.network.dtype)[None]
         return x.clone(memory_format=torch.channels_last) if x.data_ptr() else x
 
-    def _trunk(self, window: Tensor, tile: Tile) -> tuple[dict[str, Tensor], dict[str, Region]]:
+    def _trunk(self, window: Tensor, tile: Tile) -> dict[str, Tensor]:
         """Runs the trunk over `window`; returns the maps to be pooled, each covering `tile.output`."""
         network = self.network
         regions = propagate(network, {value: tile.output for value, _ in network.pooled.values()}, self.extents)
         values, users = {network.image: window}, dict(self.users)
         if regions[network.image] != tile.window:
             raise ValueError(f"tile {tile.index} reads {tile.window}, but its outputs need {regions[network.image]}")
-        owned: set[str] = set()  # values that no tensor but their own holds, so that ReLU may overwrite them
+        owned: set[str] = set()  # values that autograd does not keep, so that ReLU may overwrite them
         for node in network.nodes:
             region, operation = regions[node.name], node.operation
             inputs = []
@@ -133,9 +134,11 @@ class TileRunner:
                 values[node.name] = operation.in_place(inputs[0])
             else:
                 values[node.name] = operation.run(inputs, region, self.extents[node.inputs[0]])
-            if values[node.name] is not inputs[0]:
+            if operation.keeps_input:
+                owned.difference_update(node.inputs)
+            if not operation.keeps_output:
                 owned.add(node.name)
-        return values, regions
+        return {value: values[value][(..., *tile.output.within(regions[value]))] for value, _ in network.pooled.values()}
 
     def _pool(self, x: Tensor, kind: str, tile: Tile) -> Partial:
         flat = x[0].flatten(1)

@@ -57,18 +57,19 @@ class Network:
         return counts
 
 
-MODULES: dict[type[nn.Module], Callable[[Any], Operation]] = {
+MODULES: dict[type[nn.Module], Callable[[Any], Operation | None]] = {
     nn.Conv2d: op.Convolution,
     nn.BatchNorm2d: op.batch_norm,
     nn.ReLU: lambda m: op.relu(),
-    nn.Identity: lambda m: op.identity(),
-    nn.Dropout: lambda m: op.identity(),
-    nn.Dropout2d: lambda m: op.identity(),
+    nn.Identity: lambda m: None,
+    nn.Dropout: lambda m: None,
+    nn.Dropout2d: lambda m: None,
     nn.MaxPool2d: lambda m: op.max_pool(m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices),
     nn.AvgPool2d: lambda m: op.average_pool(
         m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
     ),
 }
+"""Modules that can be streamed, and how; None where the result is the input itself."""
 
 
 def _add(x: Any, y: Any, *, alpha: float = 1) -> Operation:
@@ -81,10 +82,9 @@ def _relu(x: Any, inplace: bool = False) -> Operation:
     return op.relu()
 
 
-def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Operation:
+def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
     if training:
         raise ValueError("dropout(training=True) is random; pass training=self.training")
-    return op.identity()
 
 
 def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Operation:
@@ -96,7 +96,7 @@ def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -
     return op.channel_pad(sizes[4], sizes[5])
 
 
-FUNCTIONS: dict[Any, Callable[..., Operation]] = {
+FUNCTIONS: dict[Any, Callable[..., Operation | None]] = {
     torch.add: _add,
     operator.add: _add,
     operator.iadd: _add,
@@ -104,6 +104,7 @@ FUNCTIONS: dict[Any, Callable[..., Operation]] = {
     "add_": _add,
     F.relu: _relu,
     torch.relu: _relu,
+    torch.relu_: _relu,
     "relu": _relu,
     "relu_": _relu,
     F.dropout: _dropout,
@@ -111,11 +112,13 @@ FUNCTIONS: dict[Any, Callable[..., Operation]] = {
     F.max_pool2d: lambda x, *args, **kwargs: op.max_pool(*args, **kwargs),
     torch.max_pool2d: lambda x, *args, **kwargs: op.max_pool(*args, **kwargs),
     F.avg_pool2d: lambda x, *args, **kwargs: op.average_pool(*args, **kwargs),
-    "contiguous": lambda x: op.identity(),
+    "contiguous": lambda x, memory_format=None: None,
 }
+WRITERS = (operator.iadd, "add_", torch.relu_, "relu_")
+"""Functions that overwrite their first argument; others do so with inplace=True."""
 POOL_FUNCTIONS: dict[Any, Pooling] = {F.adaptive_avg_pool2d: "average", F.adaptive_max_pool2d: "max"}
 POOL_MODULES: dict[type[nn.Module], Pooling] = {nn.AdaptiveAvgPool2d: "average", nn.AdaptiveMaxPool2d: "max"}
-LINEAR_HEAD: tuple[type[nn.Module], ...] = (nn.Linear, nn.Flatten, nn.Identity, nn.Dropout)
+LINEAR_HEAD = (nn.Linear, nn.Flatten, nn.Identity, nn.Dropout)
 RESHAPES = (torch.flatten, torch.squeeze, "flatten", "view", "reshape", "squeeze", "size", getattr, operator.getitem)
 
 
@@ -128,10 +131,26 @@ def trace(net: nn.Module) -> Network:
         if module.training:
             raise ValueError(f"the network is in train mode at {path or '(root)'}; call net.eval() first")
     try:
-        graph = fx.Tracer(param_shapes_constant=True).trace(net)
+        graph = _Tracer(param_shapes_constant=True).trace(net)
     except Exception as error:  # fx raises many kinds, all of them about the user's forward code
         raise ValueError(f"{type(net).__name__}.forward cannot be traced by torch.fx: {error}") from error
     return _Builder(net, graph).build()
+
+
+def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+
+class _Proxy(fx.Proxy):
+    """Records `x += y` as it is; torch.fx records `x + y`, although others who hold x see it change."""
+
+    __iadd__, __isub__ = _recorded(operator.iadd), _recorded(operator.isub)
+    __imul__, __itruediv__ = _recorded(operator.imul), _recorded(operator.itruediv)
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 class _Builder:
@@ -162,6 +181,7 @@ class _Builder:
             elif len(maps) != len(node.all_input_nodes):
                 raise self._refuse(node, "mixes a map with a value that is none")
             elif (pooling := self._pooling(node)) is not None:
+                self._refuse_hooks(node)
                 self.network.pooled[node.name] = (self.trunk[maps[0]], pooling)
                 self.head.add(node)
             else:
@@ -174,6 +194,7 @@ class _Builder:
         self._prune()
         self._measure_channels()
         self.network.head, self.network.head_is_linear = self._head(), self.linear
+        self._check_logits()
         return self.network
 
     def _target(self, node: fx.Node) -> Any:
@@ -196,24 +217,27 @@ class _Builder:
 
     def _append(self, node: fx.Node) -> None:
         target = self._target(node)
+        is_module = isinstance(target, nn.Module)
+        builder = MODULES.get(type(target)) if is_module else FUNCTIONS.get(target)
+        if builder is None:
+            raise self._refuse(node, "cannot be streamed exactly")
         try:
-            if isinstance(target, nn.Module):
-                builder = MODULES.get(type(target))
-                operation = builder(target) if builder else None
-            else:
-                builder = FUNCTIONS.get(target)
-                operation = builder(*node.args, **node.kwargs) if builder else None
+            operation = builder(target) if is_module else builder(*node.args, **node.kwargs)
         except (ValueError, TypeError) as error:
             raise self._refuse(node, str(error)) from error
-        if operation is None:
-            raise self._refuse(node, "cannot be streamed exactly")
+        self._refuse_hooks(node)
         inputs = tuple(self.trunk[n] for n in node.args if isinstance(n, fx.Node))
+        if operation is None:
+            self.trunk[node] = inputs[0]
+            return
         if isinstance(target, nn.BatchNorm2d) and self._folds(node):
             producer = next(n for n in self.network.nodes if n.name == inputs[0])
             assert isinstance(producer.operation, op.Convolution)
             producer.operation.fold(target)
             self.trunk[node] = producer.name
             return
+        if self._overwrites(node):  # who reads the input from now on, under whatever name, sees the result
+            self.trunk.update({other: node.name for other, value in self.trunk.items() if value == inputs[0]})
         self.trunk[node] = node.name
         self.network.nodes.append(Node(node.name, operation, inputs, self._path(node)))
 
@@ -221,6 +245,19 @@ class _Builder:
         """Whether a batch norm directly follows a convolution whose result nobody else reads."""
         (source,) = node.all_input_nodes
         return isinstance(self._target(source), nn.Conv2d) and len(source.users) == 1 and source.op == "call_module"
+
+    def _overwrites(self, node: fx.Node) -> bool:
+        target = self._target(node)
+        if isinstance(target, nn.Module):
+            return bool(getattr(target, "inplace", False))
+        inplace = node.kwargs.get("inplace", node.args[1] if target is F.relu and len(node.args) > 1 else False)
+        return target in WRITERS or bool(inplace)
+
+    def _refuse_hooks(self, node: fx.Node) -> None:
+        """Hooks are code of the user's that sees whole maps; pruning and old-style weight norm put them there too."""
+        target = self._target(node)
+        if isinstance(target, nn.Module) and _has_hooks(target):
+            raise self._refuse(node, "has hooks, which cannot be streamed; remove them first")
 
     def _prune(self) -> None:
         """Drops nodes that no pooling depends on."""
@@ -238,17 +275,23 @@ class _Builder:
                 f"{type(self.net).__name__} has no convolution, so the number of input channels is not known"
             )
         assert isinstance(first.operation, op.Convolution)
-        network.channels = first.operation.weight.shape[1] * first.operation.groups
+        added = {network.image: 0}  # channels that were padded on between the image and that convolution
+        for node in network.nodes[: network.nodes.index(first)]:
+            added[node.name] = node.operation.channels(max(added[name] for name in node.inputs))
+        network.channels = first.operation.weight.shape[1] * first.operation.groups - added[first.inputs[0]]
         channels, strides = {network.image: network.channels}, {network.image: (1, 1)}
         for node in network.nodes:
             step = node.operation.window.stride if isinstance(node.operation, op.Windowed) else (1, 1)
             y, x = strides[node.inputs[0]]
-            node.channels = channels[node.name] = node.operation.channels(channels[node.inputs[0]])
+            # an addition may repeat a map of one channel over all those of the other
+            node.channels = channels[node.name] = node.operation.channels(max(channels[name] for name in node.inputs))
             node.stride = strides[node.name] = (y * step[0], x * step[1])
 
     def _is_linear(self, node: fx.Node) -> bool:
         target = self._target(node)
-        return isinstance(target, LINEAR_HEAD) if isinstance(target, nn.Module) else target in RESHAPES
+        if isinstance(target, nn.Module):
+            return type(target) in LINEAR_HEAD and not _has_hooks(target)
+        return target in RESHAPES
 
     def _head(self) -> nn.Module:
         """The graph after the poolings, with a placeholder where each pooling stood."""
@@ -263,6 +306,18 @@ class _Builder:
                 copied[node] = graph.node_copy(node, lambda n: copied[n])
         return fx.GraphModule(self.net, graph).eval()
 
+    def _check_logits(self) -> None:
+        channels = {self.network.image: self.network.channels, **{n.name: n.channels for n in self.network.nodes}}
+        pooled = [
+            torch.zeros(1, channels[value], 1, 1, dtype=self.network.dtype, device=self.network.device)
+            for value, _ in self.network.pooled.values()
+        ]
+        with torch.no_grad():
+            logits = self.network.head(*pooled)
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+            raise ValueError(f"{type(self.net).__name__}.forward gives {shape}; it must give logits (N, num_classes)")
+
     def _path(self, node: fx.Node) -> str:
         if node.op == "call_module":
             return str(node.target)
@@ -275,11 +330,17 @@ class _Builder:
         return ValueError(f"{self._path(node) or '(root)'}: {what}: {why}")
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
+    )
+
+
 def head_gradient(network: Network, pooled: list[Tensor], target: int) -> list[Tensor]:
     """d logit[target] / d pooled, (1, C, 1, 1) each."""
     leaves = [p.detach().requires_grad_() for p in pooled]
     with torch.enable_grad():
-        logits = network.head(*leaves)
+        logits = network.head(*(leaf.clone() for leaf in leaves))  # clones, for a head may write on them
         if not 0 <= target < logits.shape[1]:
             raise ValueError(f"target={target} must be in [0, {logits.shape[1]}): the network has that many classes")
-        return list(torch.autograd.grad(logits[0, target], leaves))
+        return list(torch.autograd.grad(logits[0, target], leaves, allow_unused=True, materialize_grads=True))

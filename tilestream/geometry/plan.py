@@ -89,15 +89,15 @@ class TilePlan:
             Tile(t["index"], Region(**t["output"]), Region(**t["window"]), Region(**t["cell"]))
             for t in raw.pop("tiles")
         )
-        pairs = {key: tuple(raw.pop(key)) for key in ("image", "map", "stride", "tile_px")}
+        pairs: dict[str, Any] = {key: tuple(raw.pop(key)) for key in ("image", "map", "stride", "tile_px")}
         return cls(**pairs, **raw, tiles=tiles)
 
     def __str__(self) -> str:
         rows, columns = (-(-n // t) for n, t in zip(self.map, _cells(self), strict=True))
         return (
-            f"image {self.image[0]} x {self.image[1]} px, {rows} x {columns} tiles of {self.tile_px[0]} x {self.tile_px[1]} px, "
-            f"halo {self.halo_px} px, peak {_bytes(self.peak_bytes)}, {self.flops / 1e9:.1f} GFLOP "
-            f"({self.overhead:.2f}x the uncut image)"
+            f"image {self.image[0]} x {self.image[1]} px, "
+            f"{rows} x {columns} tiles of {self.tile_px[0]} x {self.tile_px[1]} px, halo {self.halo_px} px, "
+            f"peak {_bytes(self.peak_bytes)}, {self.flops / 1e9:.1f} GFLOP ({self.overhead:.2f}x the uncut image)"
         )
 
 

@@ -11,9 +11,10 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Kernel, stride, padding and dilation of a convolution or pooling, each (y, x); padding is ((top, bottom), (left, right)).
+    """Kernel, stride, padding and dilation of a convolution or pooling, each (y, x).
 
-    Output o of one axis reads the inputs o * stride - before + dilation * k for k in [0, kernel).
+    Padding is ((top, bottom), (left, right)). Along one axis output o reads the inputs
+    o * stride - before + dilation * k for k in [0, kernel).
     """
 
     kernel: Pair

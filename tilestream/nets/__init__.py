@@ -5,6 +5,6 @@ from .residual import ResidualBlock, ResidualNet
 from .resnet import ResNet, resnet18, resnet34, resnet50
 
 __all__ = [
-    "Model", "ResNet", "ResidualBlock", "ResidualNet", "build", "load_model", "load_weights", "resnet18", "resnet34", "resnet50",
-    "save_model",
+    "Model", "ResNet", "ResidualBlock", "ResidualNet", "build", "load_model", "load_weights", "resnet18", "resnet34",
+    "resnet50", "save_model",
 ]  # fmt: skip

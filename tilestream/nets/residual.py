@@ -12,15 +12,16 @@ from torch import Tensor, nn
 class ResidualBlock(nn.Module):
     """Three 3x3 convolutions, each followed by batch norm, around a skip connection.
 
-    Where the block shrinks the map by 2, the skip is MaxPool2d(3, 2, 1), so that sizes agree whatever they are; new channels
-    of the skip are zeros.
+    Where the block shrinks the map by 2, the skip is MaxPool2d(3, 2, 1), so that sizes agree whatever they are; new
+    channels of the skip are zeros.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         if channels_out < channels_in:
             raise ValueError(
-                f"channels_out={channels_out} must be at least channels_in={channels_in}: the skip adds channels, it drops none"
+                f"channels_out={channels_out} must be at least channels_in={channels_in}: "
+                "the skip adds channels, it drops none"
             )
         self.extra = channels_out - channels_in
         self.conv1, self.bn1 = _convolution(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out)
@@ -36,14 +37,15 @@ class ResidualBlock(nn.Module):
             skip = F.pad(skip, (0, 0, 0, 0, 0, self.extra))
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        return self.relu(self.bn3(self.conv3(x)) + skip)
+        x = self.relu(self.bn3(self.conv3(x)) + skip)
+        return x
 
 
 class ResidualNet(nn.Module):
     """Paper A's network: a 7x7 stem of stride 2, a residual segment for each of `widths`, pooling, one linear layer.
 
-    The first block of each segment has stride 2, so five segments give a total stride of 64. `blocks` says how many blocks
-    a segment holds. Takes (N, in_channels, H, W) of any size from one window up, gives logits (N, num_classes).
+    The first block of each segment has stride 2, so five segments give a total stride of 64. `blocks` says how many
+    blocks a segment holds. Takes (N, in_channels, H, W) of any size from one window up, gives logits (N, num_classes).
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class ResidualNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn(self.stem(x)))
-        return self.fc(torch.flatten(self.pool(self.segments(x)), 1))
+        x = self.fc(torch.flatten(self.pool(self.segments(x)), 1))
+        return x
 
 
 def _convolution(channels_in: int, channels_out: int, stride: int) -> nn.Conv2d:

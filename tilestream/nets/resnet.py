@@ -23,7 +23,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         skip = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)) + skip)
+        x = self.relu(self.bn2(self.conv2(x)) + skip)
+        return x
 
 
 class Bottleneck(nn.Module):
@@ -43,7 +44,8 @@ class Bottleneck(nn.Module):
         skip = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        return self.relu(self.bn3(self.conv3(x)) + skip)
+        x = self.relu(self.bn3(self.conv3(x)) + skip)
+        return x
 
 
 class ResNet(nn.Module):
@@ -79,7 +81,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        x = self.fc(torch.flatten(self.avgpool(x), 1))
+        return x
 
 
 def resnet18(num_classes: int = 2) -> ResNet:

@@ -1,0 +1,5 @@
+"""`python -m tilestream`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,227 @@
+"""The command line: one verb a stage, its options made from the stage's configuration."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import BaseModel
+from rich.console import Console
+
+from . import stages
+from .stages import ClusterConfig, Context
+
+app = typer.Typer(
+    help="Exact tile-wise saliency of full-resolution photographs, and what two published methods build on it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ConnectionError)
+"""What is the caller's to mend: exit status 2."""
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")]
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="the data set")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0, 1 when the run failed, 2 for bad input, 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        app([word for word in words if word != "--debug"], prog_name="tilestream", standalone_mode=False)
+        status = 0
+    except KeyboardInterrupt:
+        console.print("tilestream: interrupted; --resume continues", highlight=False)
+        status = 130
+    except Exception as error:
+        if debug:
+            console.print_exception()
+        status, text = _explain(error)
+        if text:
+            console.print(f"tilestream: {text}", highlight=False, markup=False)
+    sys.exit(status)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit status and one line."""
+    if hasattr(error, "format_message"):  # the command line's own errors: unknown options, missing arguments
+        return int(getattr(error, "exit_code", 2)), str(error.format_message())
+    if type(error).__name__ in ("Exit", "Abort"):
+        return int(getattr(error, "exit_code", 1)), ""
+    line = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, BAD_INPUT):
+        return 2, line
+    return 1, line if isinstance(error, RuntimeError) else f"{type(error).__name__}: {line}"
+
+
+def options(model: type[BaseModel], hide: frozenset[str] = frozenset()) -> list[inspect.Parameter]:
+    """A command-line option for each field of a configuration; not given, the field keeps its default."""
+    parameters = []
+    for name, field in model.model_fields.items():
+        if name in hide:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        quiet = field.is_required() or field.default_factory or field.default in (None, "")
+        choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+        among = f" ({', '.join(map(str, choices))})" if choices else ""
+        text = f"{field.description or ''}{among}" + ("" if quiet else f" (default: {field.default})")
+        kind: Any = bool | None if field.annotation is bool else str | None
+        names = [f"{flag}/--no-{flag[2:]}"] if field.annotation is bool else [flag]
+        option = typer.Option(*names, help=text, show_default=False)
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+        )
+    return parameters
+
+
+def configured(model: type[BaseModel], values: dict[str, Any]) -> Any:
+    """The configuration that the options given make; lists, tuples and mappings are written as YAML."""
+    given = {}
+    for name, value in values.items():
+        if value is None or name not in model.model_fields:
+            continue
+        kind = str(model.model_fields[name].annotation)
+        compound = any(word in kind for word in ("list[", "dict[", "tuple["))
+        given[name] = _compound(value) if compound else value
+    return stages.parse(model, given)  # type: ignore[arg-type]
+
+
+def _compound(text: str) -> Any:
+    """`a,b` as a list, or YAML."""
+    value = yaml.safe_load(text)
+    return [yaml.safe_load(part) for part in text.split(",")] if isinstance(value, str | int | float) else value
+
+
+def with_options(*models: type[BaseModel], hide: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of configurations; it takes them as `values`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "values"]
+        extra = [p for model in models for p in options(model, frozenset(hide))]
+
+        def command(**values: Any) -> None:
+            mine = {p.name: values.pop(p.name) for p in own}
+            function(**mine, values=values)
+
+        command.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
+        command.__doc__, command.__name__ = function.__doc__, function.__name__
+        return command
+
+    return decorate
+
+
+Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run; finished photographs are not done again")]
+
+
+def _stage_command(verb: str) -> None:
+    stage = stages.STAGES[verb]
+
+    @with_options(stage.config, ClusterConfig)
+    def command(store: StorePath, run: Run, resume: Resume = False, models: Path | None = None, *, values: dict[str, Any]) -> None:
+        config, cluster = configured(stage.config, values), configured(ClusterConfig, values)
+        with Context(run, store, cluster, models, resume) as context:
+            stages.execute(verb, stage, config, context)
+
+    app.command(verb, help=(stage.config.__doc__ or "").splitlines()[0])(command)
+
+
+@app.command()
+@with_options(stages.STAGES["synth"].config, ClusterConfig, hide=("folder", "memory"))
+def synth(out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to fill")], *, values: dict[str, Any]) -> None:
+    """Makes synthetic fundus photographs with known lesions: OUT/*.jpeg, OUT/labels.csv (image, level), OUT/lesions/."""
+    stage = stages.STAGES["synth"]
+    with Context(out, cluster=configured(ClusterConfig, values)) as context:
+        stage.run(configured(stage.config, {**values, "folder": "."}), context)
+
+
+@app.command()
+@with_options(stages.STAGES["ingest"].config, ClusterConfig, hide=("folder", "memory"))
+def ingest(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder with the photographs")],
+    store: StorePath,
+    *,
+    values: dict[str, Any],
+) -> None:
+    """Stores photographs as chunked Zarr, with their labels. What is stored already is not read again."""
+    stage = stages.STAGES["ingest"]
+    config = configured(stage.config, {**values, "folder": str(folder)})
+    with Context(Path(), store, configured(ClusterConfig, values)) as context:
+        stage.run(config, context)
+
+
+@app.command()
+def info(store: StorePath, as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False) -> None:
+    """Says what a store holds."""
+    facts = Context(Path(), store).store.info()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{key:12} {shown}")
+
+
+@app.command()
+def plan(
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in px")],
+    net: Annotated[str, typer.Option(help="network: a name of tilestream.nets, package.module:factory, or a model file")] = "ResidualNet",
+    memory: Annotated[str | None, typer.Option(help="budget, like 2GiB [default: 2 GiB]")] = None,
+    tile: Annotated[int | None, typer.Option(help="side of the tiles in px instead of a budget")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Prints the tiles of a saliency pass with predicted peak memory and FLOPs, before anything runs."""
+    print(stages.plan_text(net, size, memory, tile, as_json))
+
+
+Settings = Annotated[list[str] | None, typer.Option("--set", help="stage.key=value, any number of times")]
+
+
+@app.command("run")
+@with_options(ClusterConfig)
+def run_command(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="a YAML file, or the name of one that comes along")],
+    out: Annotated[Path, typer.Option(help="the run's folder")],
+    store: Annotated[Path | None, typer.Option(help="the data set")] = None,
+    models: Annotated[Path | None, typer.Option(help="folder with the models of an old run (RUN/models)")] = None,
+    set_: Settings = None,
+    resume: Resume = False,
+    *,
+    values: dict[str, Any],
+) -> None:
+    """Runs a pipeline: stages in order, those that did not change are skipped."""
+    _run(pipeline, out, store, models, set_ or [], resume, configured(ClusterConfig, values))
+
+
+@app.command()
+@with_options(ClusterConfig)
+def demo(
+    out: Annotated[Path, typer.Option(help="the run's folder")] = Path("demo"),
+    set_: Settings = None,
+    resume: Resume = False,
+    *,
+    values: dict[str, Any],
+) -> None:
+    """The main job on synthetic photographs, on a local cluster: from files to a page of results in a few minutes."""
+    _run(Path("demo"), out, None, None, set_ or [], resume, configured(ClusterConfig, values))
+
+
+def _run(
+    pipeline: Path, out: Path, store: Path | None, models: Path | None, settings: list[str], resume: bool, cluster: ClusterConfig
+) -> None:
+    loaded = stages.load(pipeline, settings)
+    place = store or (out / loaded.store if loaded.store else None)
+    with Context(out, place, cluster, models or loaded.models, resume) as context:
+        stages.run_pipeline(loaded, context)
+
+
+for _verb in ("split", "preprocess", "train", "saliency", "crops", "predict", "evaluate", "report"):
+    _stage_command(_verb)

@@ -1,0 +1,68 @@
+"""Crops of a classifier's size around a centre, and which photographs they are cut from (paper A, section 2.2)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tilestream.geometry import Extent, Region, interior
+
+from .preprocessing import Extremes, Floats, Normalised, Pixels
+
+UNHEALTHY_FROM = 2
+"""Grades 0 and 1 are healthy, 2 to 4 unhealthy."""
+
+
+def unhealthy(grades: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Two-class labels of grades 0..4: 1 from grade 2 on."""
+    return (np.asarray(grades) >= UNHEALTHY_FROM).astype(np.int64)
+
+
+def crop_region(extent: Extent, centre: tuple[int, int], size_px: int) -> Region:
+    """The crop of size_px around a centre, shifted inside where it would overflow.
+
+    On an axis shorter than the crop it starts at 0 and reaches beyond the photograph; `cut` fills that with zeros.
+    """
+    (y0, x0) = (max(0, min(c - size_px // 2, n - size_px)) for c, n in zip(centre, extent, strict=True))
+    return Region(y0, y0 + size_px, x0, x0 + size_px)
+
+
+def cut(source: Pixels, region: Region) -> npt.NDArray[np.uint8]:
+    """The pixels of a crop, (3, h, w) uint8, raw; what lies beyond the photograph is 0."""
+    block = np.asarray(source[:, region.y0 : region.y1, region.x0 : region.x1])
+    missing = [(0, 0), (0, region.height - block.shape[1]), (0, region.width - block.shape[2])]
+    return np.pad(block, missing) if any(after for _, after in missing) else block
+
+
+def normalise_crop(
+    crop: npt.NDArray[np.uint8], region: Region, extent: Extent, average: Floats, extremes: Extremes
+) -> Floats:
+    """A raw crop as the network takes it: normalised as its photograph is, with that one's average and extremes."""
+    placed = Normalised(_Placed(crop, region, extent), average, extremes)
+    inside = region.intersect(Region.whole(extent))
+    values = placed[:, inside.y0 : inside.y1, inside.x0 : inside.x1]
+    missing = [(0, 0), (0, region.height - inside.height), (0, region.width - inside.width)]
+    return np.pad(values, missing) if any(after for _, after in missing) else values
+
+
+def random_centre(extent: Extent, border: float, seed: int, id: str) -> tuple[int, int]:
+    """A centre drawn evenly inside the border rule (else the rim would tell healthy crops), by seed and id alone."""
+    inside = interior(extent, border)
+    digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    return int(rng.integers(inside.y0, inside.y1)), int(rng.integers(inside.x0, inside.x1))
+
+
+class _Placed:
+    """A crop, read by the coordinates of its photograph."""
+
+    def __init__(self, crop: npt.NDArray[np.uint8], region: Region, extent: Extent) -> None:
+        self.crop, self.region, self.shape = crop, region, (crop.shape[0], *extent)
+
+    def __getitem__(self, index: Any) -> npt.NDArray[np.uint8]:
+        channels, ys, xs = index
+        region = Region(ys.start, ys.stop, xs.start, xs.stop)
+        return self.crop[(channels, *region.within(self.region))]

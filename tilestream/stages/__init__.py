@@ -1,0 +1,11 @@
+"""The steps of a run, one file each: a configuration in, artefacts in the run's folder out; and pipelines of them."""
+
+from .base import ClusterConfig, Context, Stage, StageConfig, parse
+from .pipeline import STAGES, Pipeline, find, load, run_pipeline
+from .plan import plan_text
+from .runner import execute
+
+__all__ = [
+    "STAGES", "ClusterConfig", "Context", "Pipeline", "Stage", "StageConfig", "execute", "find", "load", "parse", "plan_text",
+    "run_pipeline",
+]  # fmt: skip

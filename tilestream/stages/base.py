@@ -1,0 +1,181 @@
+"""What every stage has: a configuration that is checked, a context to run in, files it reads and writes."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from dask.system import CPU_COUNT
+from distributed import Client
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from rich.console import Console
+
+from ..cluster import connect, dashboard_link
+from ..store import Store
+
+
+class StageConfig(BaseModel):
+    """A stage's settings: a pydantic model whose field descriptions are the command line's help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClusterConfig(StageConfig):
+    """Where tile tasks run. None of it changes results, but for `memory`, which decides the tiles of a new run."""
+
+    scheduler: str | None = Field(None, description="address of a running Dask scheduler (default: a local cluster)")
+    workers: int | None = Field(None, ge=1, description="worker processes (default: one a core); to join: how many to wait for")
+    threads: int | None = Field(None, ge=1, description="torch threads a worker (default: cores / workers)")
+    memory: ByteSize = Field(ByteSize(2 * 2**30), description="budget of a tile task, like 2GiB")
+
+    @property
+    def worker_count(self) -> int:
+        return self.workers or CPU_COUNT
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or (1 if self.scheduler else max(1, CPU_COUNT // self.worker_count))
+
+
+@dataclass
+class Context:
+    """One run: its folder, its store, its cluster (started when first asked for), and how to speak."""
+
+    run: Path
+    store_path: Path | None = None
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    models: Path | None = None
+    """Folder with the models to use, where they are not this run's own."""
+    resume: bool = False
+    name: str = ""
+    """The stage's name in its pipeline."""
+    console: Console = field(default_factory=lambda: Console(stderr=True, soft_wrap=True))
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _client: Client | None = None
+
+    @property
+    def store(self) -> Store:
+        if self.store_path is None:
+            raise ValueError("this stage needs a store; give --store PATH")
+        return Store(self.store_path)
+
+    @property
+    def models_path(self) -> Path:
+        return self.models or self.run / "models"
+
+    def client(self) -> Client:
+        """The cluster of this run; started or joined once, closed with the context."""
+        if self._client is None:
+            self._client = self._stack.enter_context(
+                connect(
+                    self.cluster.scheduler,
+                    workers=self.cluster.workers,
+                    setup=[partial(set_threads, self.cluster.thread_count)],
+                )
+            )
+            workers = len(self._client.scheduler_info(n_workers=-1)["workers"])
+            self.say(f"cluster: {workers} workers, dashboard {dashboard_link(self._client)}")
+        return self._client
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches."""
+        self.console.print(line, highlight=False, markup=False)
+
+    @property
+    def partial_path(self) -> Path:
+        """Folder of this stage's unfinished work; it goes when the stage is done."""
+        return self.run / "journal" / f"{self.name}.partial"
+
+    def __enter__(self) -> Context:
+        self.run.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._client = None
+        self._stack.__exit__(*error)  # type: ignore[arg-type]
+
+
+def set_threads(count: int) -> None:
+    """Sets torch's threads in a worker process: nannies start them with one, whatever the machine has."""
+    torch.set_num_threads(count)
+
+
+Paths = Callable[[Any, Context], Iterable[Path]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step: `run(config, context)` makes what `writes` names from what `reads` names (and, if `uses_store`, the store)."""
+
+    verb: str
+    config: type[StageConfig]
+    run: Callable[[Any, Context], None]
+    reads: Paths = lambda config, context: ()
+    writes: Paths = lambda config, context: ()
+    uses_store: bool = True
+    operational: frozenset[str] = frozenset()
+    """Fields of the configuration that do not change results."""
+
+
+def parse(model: type[StageConfig], values: Mapping[str, Any], where: str = "") -> Any:
+    """A configuration from plain values; ValueError in one line, with the nearest known name for an unknown key."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(e, model, where) for e in error.errors())) from None
+
+
+def _explain(error: Mapping[str, Any], model: type[BaseModel], where: str) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    full = f"{where}.{name}" if where and name else where or name
+    if error["type"] == "extra_forbidden":
+        return f"{full} is not known; {nearest(name, model.model_fields)}"
+    return f"{full}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A way out for a name that is not known."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, synced, when the block ends well; otherwise nothing changes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, whole or not at all; NaN is refused."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's names and files; "missing" where nothing is there."""
+    if not path.exists():
+        return "missing"
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    hashes = hashlib.sha256()
+    for child in sorted(p for p in path.rglob("*") if p.is_file()):
+        hashes.update(f"{child.relative_to(path)}\0{digest(child)}\n".encode())
+    return hashes.hexdigest()

@@ -1,0 +1,50 @@
+"""Training examples, read from Zarr and normalised as they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import zarr
+
+from ..geometry import Region
+from ..methods import Extremes, normalise_crop, normalise_square, resize_square
+from ..methods.preprocessing import Floats
+from ..store import Store
+
+
+class Squares:
+    """Whole photographs squashed to (3, size, size), normalised; `labels` (n,) int64."""
+
+    def __init__(self, store: Store, ids: Sequence[str], labels: Sequence[int], average: Floats) -> None:
+        self.store, self.ids, self.average = store, list(ids), average
+        self.labels = np.asarray(labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Floats:
+        square = resize_square(self.store.square(self.ids[index])[:], self.average.shape[-1])
+        return normalise_square(square, self.average)
+
+
+class Crops:
+    """Crops of a crops folder, normalised as their photographs are; `table` is a part of its rows, `labels` (n,) int64."""
+
+    def __init__(self, path: Path, table: pd.DataFrame, labels: Sequence[int], average: Floats) -> None:
+        self.crops = zarr.open_array(path / "image", mode="r")
+        self.rows, self.average = list(table.itertuples()), average
+        self.labels = np.asarray(labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Floats:
+        row = self.rows[index]
+        size = self.crops.shape[-1]
+        region = Region(int(row.y0_px), int(row.y0_px) + size, int(row.x0_px), int(row.x0_px) + size)
+        extent = (int(row.height), int(row.width))
+        raw = np.asarray(self.crops[int(row.position)])
+        return normalise_crop(raw, region, extent, self.average, Extremes(row.low, row.high))

@@ -1,0 +1,158 @@
+"""Runs one stage: skips it when nothing changed, keeps unfinished work for --resume, records time and memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import psutil
+import torch
+
+from .base import Context, Stage, StageConfig, digest, write_json
+
+
+class Journal:
+    """Finished items of a stage, a JSON line each, synced; what a kill tore off is left out when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """The records by id."""
+        records: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    record = json.loads(line)
+                    records[record["id"]] = record
+        return records
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record, on disk before this returns; begins a new line where a kill left half of one."""
+        torn = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes()[-1:] == b"\n"
+        if torn:
+            data = self.path.read_bytes()
+            os.truncate(self.path, data.rfind(b"\n") + 1)
+        with self.path.open("ab") as file:
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Meter:
+    """Wall time of a stage, and the peak resident memory of this process and of its largest local worker."""
+
+    def __enter__(self) -> Meter:
+        self.driver_bytes = self.worker_bytes = 0
+        self._process, self._done = psutil.Process(), threading.Event()
+        self._started = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.wall_s = time.monotonic() - self._started
+
+    def _watch(self) -> None:
+        while True:
+            self.driver_bytes = max(self.driver_bytes, self._process.memory_info().rss)
+            for size in self._children():
+                self.worker_bytes = max(self.worker_bytes, size)
+            if self._done.wait(0.1):
+                return
+
+    def _children(self) -> Iterator[int]:
+        for child in self._process.children(recursive=True):
+            try:
+                yield child.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+
+    def record(self) -> dict[str, Any]:
+        """What timings.json holds for a stage."""
+        return {
+            "wall_s": round(self.wall_s, 3),
+            "peak_bytes": max(self.driver_bytes, self.worker_bytes),
+            "peak_driver_bytes": self.driver_bytes,
+            "peak_worker_bytes": self.worker_bytes,
+        }
+
+
+def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> bool:
+    """Runs a stage under `name`; returns False when it was skipped, because configuration and inputs are those of its last run.
+
+    Unfinished work of a killed run with the same configuration and inputs is continued if `context.resume`, else removed.
+    """
+    context.name = name
+    mark = fingerprint(stage, config, context)
+    record_path = context.run / "journal" / f"{name}.json"
+    if _unchanged(record_path, mark, context):
+        context.say(f"{name}: unchanged, skipped")
+        return False
+    partial = context.partial_path
+    claim = partial / "fingerprint"
+    if partial.exists() and not (context.resume and claim.exists() and claim.read_text() == mark):
+        if context.resume:
+            context.say(f"{name}: inputs or configuration changed since the unfinished run; starting afresh")
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    claim.write_text(mark)
+    context.say(f"{name}: {stage.verb}")
+    with Meter() as meter:
+        stage.run(config, context)
+    outputs = {str(p.relative_to(context.run)): digest(p) for p in stage.writes(config, context)}
+    write_json(
+        record_path,
+        {
+            "fingerprint": mark,
+            "stage": stage.verb,
+            "config": config.model_dump(mode="json"),
+            "outputs": outputs,
+            "versions": {"torch": torch.__version__, "numpy": numpy.__version__, "threads": context.cluster.thread_count},
+        },
+    )
+    shutil.rmtree(partial)
+    _record_time(context.run / "timings.json", name, meter.record())
+    peaks = f"driver {meter.driver_bytes / 2**20:.0f} MiB"
+    if meter.worker_bytes:
+        peaks += f", largest worker {meter.worker_bytes / 2**20:.0f} MiB"
+    context.say(f"{name}: done in {meter.wall_s:.1f} s, peak memory {peaks}")
+    return True
+
+
+def fingerprint(stage: Stage, config: StageConfig, context: Context) -> str:
+    """A hash of everything that the stage's result depends on: its settings, the files it reads, the store's photographs."""
+    parts: dict[str, Any] = {
+        "verb": stage.verb,
+        "config": config.model_dump(mode="json", exclude=set(stage.operational)),
+        "reads": {str(path): digest(path) for path in stage.reads(config, context)},
+    }
+    if stage.uses_store:
+        samples = context.store.samples()
+        parts["store"] = hashlib.sha256(samples.to_csv(index=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _unchanged(record_path: Path, mark: str, context: Context) -> bool:
+    if not record_path.exists():
+        return False
+    record = json.loads(record_path.read_text())
+    return record["fingerprint"] == mark and all(
+        digest(context.run / path) == value for path, value in record["outputs"].items()
+    )
+
+
+def _record_time(path: Path, name: str, record: dict[str, Any]) -> None:
+    timings = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**timings, name: record})

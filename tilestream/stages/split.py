@@ -1,0 +1,67 @@
+"""Training, validation and test photographs, by patient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+from pydantic import Field
+
+from ..training import split
+from .base import Context, Stage, StageConfig, replacing
+
+
+class SplitConfig(StageConfig):
+    """Splits photographs by patient; byte-identical ones stay together."""
+
+    fractions: tuple[float, float, float] = Field((0.65, 0.15, 0.20), description="training, validation, test")
+    seed: int = Field(0, ge=0, description="seed of the split")
+
+
+def run(config: SplitConfig, context: Context) -> None:
+    """Writes splits.parquet: id, split (train, validation, test, unlabelled)."""
+    samples = context.store.samples()
+    table = split(samples, config.fractions, config.seed)
+    write_table(path_of(context), table)
+    counts = table.merge(samples[["id", "label"]], on="id").groupby("split", sort=False).size()
+    context.say("split: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def path_of(context: Context) -> Path:
+    return context.run / "splits.parquet"
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Parquet, whole or not at all."""
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def read_table(path: Path, made_by: str) -> pd.DataFrame:
+    """A table of this run; ValueError names the stage that makes it."""
+    if not path.exists():
+        raise ValueError(f"{path.parent.name} has no {path.name}; run 'tilestream {made_by}' first")
+    return pd.read_parquet(path)
+
+
+def chosen(context: Context, splits: Sequence[str] | None, limit: int | None = None) -> pd.DataFrame:
+    """Samples with their split ("" where the run has none), of the splits asked for (None: all), the first `limit`."""
+    samples = context.store.samples()
+    if path_of(context).exists():
+        samples = samples.merge(pd.read_parquet(path_of(context)), on="id", how="left")
+        samples["split"] = samples["split"].fillna("")
+    elif splits:
+        raise ValueError("this run has no splits.parquet; run 'tilestream split' first")
+    else:
+        samples["split"] = ""
+    if splits:
+        samples = samples[samples["split"].isin(splits)]
+    return samples.head(limit).reset_index(drop=True) if limit else samples.reset_index(drop=True)
+
+
+def writes(config: SplitConfig, context: Context) -> Iterable[Path]:
+    return [path_of(context)]
+
+
+STAGE = Stage("split", SplitConfig, run, writes=writes)
