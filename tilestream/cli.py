@@ -101,7 +101,9 @@ def _compound(text: str) -> Any:
     return [yaml.safe_load(part) for part in text.split(",")] if isinstance(value, str | int | float) else value
 
 
-def with_options(*models: type[BaseModel], hide: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(
+    *models: type[BaseModel], hide: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command the options of configurations; it takes them as `values`."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -119,14 +121,18 @@ def with_options(*models: type[BaseModel], hide: Sequence[str] = ()) -> Callable
     return decorate
 
 
-Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run; finished photographs are not done again")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="continue a killed run; finished photographs are not done again")
+]
 
 
 def _stage_command(verb: str) -> None:
     stage = stages.STAGES[verb]
 
     @with_options(stage.config, ClusterConfig)
-    def command(store: StorePath, run: Run, resume: Resume = False, models: Path | None = None, *, values: dict[str, Any]) -> None:
+    def command(
+        store: StorePath, run: Run, resume: Resume = False, models: Path | None = None, *, values: dict[str, Any]
+    ) -> None:
         config, cluster = configured(stage.config, values), configured(ClusterConfig, values)
         with Context(run, store, cluster, models, resume) as context:
             stages.execute(verb, stage, config, context)
@@ -136,8 +142,10 @@ def _stage_command(verb: str) -> None:
 
 @app.command()
 @with_options(stages.STAGES["synth"].config, ClusterConfig, hide=("folder", "memory"))
-def synth(out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to fill")], *, values: dict[str, Any]) -> None:
-    """Makes synthetic fundus photographs with known lesions: OUT/*.jpeg, OUT/labels.csv (image, level), OUT/lesions/."""
+def synth(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to fill")], *, values: dict[str, Any]
+) -> None:
+    """Makes synthetic photographs with known lesions: OUT/*.jpeg, OUT/labels.csv (image, level), OUT/lesions/."""
     stage = stages.STAGES["synth"]
     with Context(out, cluster=configured(ClusterConfig, values)) as context:
         stage.run(configured(stage.config, {**values, "folder": "."}), context)
@@ -173,7 +181,9 @@ def info(store: StorePath, as_json: Annotated[bool, typer.Option("--json", help=
 @app.command()
 def plan(
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in px")],
-    net: Annotated[str, typer.Option(help="network: a name of tilestream.nets, package.module:factory, or a model file")] = "ResidualNet",
+    net: Annotated[
+        str, typer.Option(help="network: a name of tilestream.nets, package.module:factory, or a model file")
+    ] = "ResidualNet",
     memory: Annotated[str | None, typer.Option(help="budget, like 2GiB [default: 2 GiB]")] = None,
     tile: Annotated[int | None, typer.Option(help="side of the tiles in px instead of a budget")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
@@ -188,7 +198,9 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="stage.key=val
 @app.command("run")
 @with_options(ClusterConfig)
 def run_command(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="a YAML file, or the name of one that comes along")],
+    pipeline: Annotated[
+        Path, typer.Argument(metavar="PIPELINE", help="a YAML file, or the name of one that comes along")
+    ],
     out: Annotated[Path, typer.Option(help="the run's folder")],
     store: Annotated[Path | None, typer.Option(help="the data set")] = None,
     models: Annotated[Path | None, typer.Option(help="folder with the models of an old run (RUN/models)")] = None,
@@ -215,7 +227,13 @@ def demo(
 
 
 def _run(
-    pipeline: Path, out: Path, store: Path | None, models: Path | None, settings: list[str], resume: bool, cluster: ClusterConfig
+    pipeline: Path,
+    out: Path,
+    store: Path | None,
+    models: Path | None,
+    settings: list[str],
+    resume: bool,
+    cluster: ClusterConfig,
 ) -> None:
     loaded = stages.load(pipeline, settings)
     place = store or (out / loaded.store if loaded.store else None)

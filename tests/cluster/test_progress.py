@@ -27,7 +27,7 @@ def test_plain_lines_do_not_flood(scheduler: dict[str, Any]) -> None:
     with progress("ingest", total_images=20, total_parts=20, console=console) as state:
         run(jobs, window=4, on_result=lambda job, result: None, progress=state, **scheduler)
     [line] = _text(console).splitlines()  # less than ten seconds: the summary alone
-    assert line.startswith("ingest: 20 images done, 0 failed, 20 tiles, 50.0 megapixels in 0:00:0")
+    assert line.startswith("ingest: 20 images done, 0 failed, 20 tiles in ")
 
 
 def test_plain_lines_now_and_then() -> None:
@@ -44,7 +44,7 @@ def test_plain_lines_now_and_then() -> None:
     assert lines[0].startswith("saliency: 0/4 images, 1/8 tiles, 0:00:0")
     assert lines[-1].startswith("saliency: 3/4 images, 1 failed, 8/8 tiles, 0:00:00 left, ")
     assert lines[-1].endswith(" elapsed")
-    assert last.startswith("saliency: 3 images done, 1 failed, 8 tiles, 30.0 megapixels in ")
+    assert last.startswith("saliency: 3 images done, 1 failed, 8 tiles in ")
 
 
 def test_a_terminal_gets_a_bar_and_a_summary() -> None:
@@ -56,7 +56,7 @@ def test_a_terminal_gets_a_bar_and_a_summary() -> None:
     text = _text(console)
     assert "1/2 images" in text
     assert "━" in text
-    assert "predict: 1 images done, 0 failed, 1 tiles, 1.0 megapixels in" in text.splitlines()[-1]
+    assert "predict: 1 images done, 0 failed in" in text.splitlines()[-1]
 
 
 def test_an_exception_still_gets_its_summary() -> None:

@@ -78,20 +78,27 @@ class Progress:
         fields = [
             f"{_of(self.images, self.total_images)} {self.unit}",
             f"{self.failed} failed" if self.failed else "",
-            f"{_of(self.parts_done, self.total_parts)} tiles",
+            "" if self.total_parts is None else f"{_of(self.parts_done, self.total_parts)} tiles",
             f"{_clock(self.elapsed_s * (1 / self.fraction - 1))} left" if self.fraction else "",
-            f"{self.megapixels / max(self.elapsed_s, 1e-9):.1f} MP/s",
+            self._rate(),
             f"{_clock(self.elapsed_s)} elapsed",
         ]
         return ", ".join(filter(None, fields))  # what matters least comes last, where a narrow terminal cuts
 
     def summary(self) -> str:
         """The last line."""
+        tiles = "" if self.total_parts is None else f", {self.parts_done} tiles"
         return (
-            f"{self.images - self.failed} {self.unit} done, {self.failed} failed, {self.parts_done} tiles, "
-            f"{self.megapixels:.1f} megapixels in {_clock(self.elapsed_s)} "
-            f"({self.megapixels / max(self.elapsed_s, 1e-9):.1f} megapixels/s)"
+            f"{self.images - self.failed} {self.unit} done, {self.failed} failed{tiles} in {self.elapsed_s:.1f} s "
+            f"({self._rate()})"
         )
+
+    def _rate(self) -> str:
+        """Megapixels a second, or images where their size is not known beforehand."""
+        seconds = max(self.elapsed_s, 1e-9)
+        if self.megapixels:
+            return f"{self.megapixels / seconds:.1f} MP/s"
+        return f"{self.images / seconds:.2f} {self.unit}/s"
 
 
 @contextmanager

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import ByteSize, TypeAdapter
 
 from tilestream.geometry import Extent, Region, Tile, TilePlan, tile_regions
 
-from .tile import extents, propagate
+from .tile import extents
 from .trace import Network
 
 SLACK, CUT_SLACK, FIXED_BYTES = 1.05, 1.4, 32 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, in tiles the copies of crops. Measured."""
 
-Sizes = dict[str, tuple[int, int]]
+Lines = dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+"""Along one axis, for every value: where the interval starts and stops that each tile needs."""
 
 
 def parse_bytes(memory: int | str) -> int:
@@ -56,23 +60,28 @@ class _Planner:
     def __init__(self, network: Network, image: Extent, channels_out: int) -> None:
         self.network, self.image, self.channels_out = network, image, channels_out
         self.extents = extents(network, image)
-        maps = {value for value, _ in network.pooled.values()}
-        if len({self.extents[m] for m in maps}) != 1:
-            raise ValueError("the network pools maps of different extents, which cannot be streamed")
-        self.maps = maps
-        self.map = self.extents[next(iter(maps))]
-        strides = {n.stride for n in network.nodes if n.name in maps}
-        self.stride = strides.pop() if strides else (1, 1)
+        self.maps = list(dict.fromkeys(value for value, _ in network.pooled.values()))
+        self.map = self.extents[self.maps[0]]
+        if any(self.extents[value] != self.map for value in self.maps):
+            sizes = ", ".join(f"{y} x {x}" for y, x in dict.fromkeys(self.extents[value] for value in self.maps))
+            raise ValueError(f"the network pools maps of different extents, {sizes}; pool maps of one extent")
+        strides = {network.image: (1, 1), **{n.name: n.stride for n in network.nodes}}
+        self.stride = strides[self.maps[0]]
         self.itemsize = torch.empty((), dtype=network.dtype).element_size()
-        self._lines: dict[tuple[int, int], list[Sizes]] = {}
+        self._flops = [(n.name, n.operation.flops(n.channels)) for n in network.nodes]
+        self._known: dict[tuple[int, int], tuple[dict[str, int], dict[str, int]]] = {}
 
     def plan(self, memory: int | None, tile: int | None) -> TilePlan:
         if tile is not None:
-            return self._value(self._price(self._fixed(tile)))
-        assert memory is not None
-        fitting = [cut for cut in map(self._price, self._sizes()) if cut.peak_bytes <= memory]
+            y, x = self._fixed(tile)
+            return self._value(self._price(y, [x])[0])
+        if memory is None:
+            raise ValueError("memory=None and tile=None leave the tiles open; give one of them")
+        rows, columns = self._sizes()
+        cuts = [cut for y in rows for cut in self._price(y, columns)]
+        fitting = [cut for cut in cuts if cut.peak_bytes <= memory]
         if not fitting:
-            smallest = min((self._price(size) for size in self._sizes()), key=lambda cut: cut.peak_bytes)
+            smallest = min(cuts, key=lambda cut: cut.peak_bytes)
             raise ValueError(
                 f"memory={memory} bytes is too small for an image of {self.image[0]} x {self.image[1]} px: "
                 f"the smallest budget that works is {smallest.peak_bytes} bytes ({smallest.peak_bytes / 2**20:.0f} MiB)"
@@ -80,54 +89,62 @@ class _Planner:
         return self._value(min(fitting, key=lambda cut: (cut.flops, cut.peak_bytes)))
 
     def _fixed(self, tile: int) -> tuple[int, int]:
-        for stride in self.stride:
-            if tile < 1 or tile % stride:
-                use = -(-max(tile, 1) // stride) * stride
-                raise ValueError(f"tile={tile} px must be a multiple of the stride {stride}; use {use}")
+        stride = math.lcm(*self.stride)
+        if tile < 1 or tile % stride:
+            use = math.ceil(max(tile, 1) / stride) * stride
+            raise ValueError(f"tile={tile} px must be a multiple of the stride {stride}; use {use}")
+        tile = int(tile)
         return min(tile // self.stride[0], self.map[0]), min(tile // self.stride[1], self.map[1])
 
-    def _sizes(self) -> Iterator[tuple[int, int]]:
+    def _sizes(self) -> tuple[list[int], list[int]]:
         """Tile sizes to choose from: each axis cut into equal parts, as even as they come."""
-        axes = [sorted({-(-n // parts) for parts in range(1, n + 1)}, reverse=True) for n in self.map]
-        return ((y, x) for y in axes[0] for x in axes[1])
+        y, x = (sorted({-(-n // parts) for parts in range(1, n + 1)}, reverse=True) for n in self.map)
+        return y, x
 
-    def _intervals(self, axis: int, size: int) -> list[Sizes]:
-        """For each tile along one axis: the interval of every value that it needs (the axes are independent)."""
-        key = (axis, size)
-        if key not in self._lines:
-            self._lines[key] = []
-            for start in range(0, self.map[axis], size):
-                stop = min(start + size, self.map[axis])
-                region = Region(start, stop, 0, self.map[1]) if axis == 0 else Region(0, self.map[0], start, stop)
-                regions = propagate(self.network, dict.fromkeys(self.maps, region), self.extents)
-                self._lines[key].append({k: (r.y0, r.y1) if axis == 0 else (r.x0, r.x1) for k, r in regions.items()})
-        return self._lines[key]
+    def _intervals(self, axis: int, size: int) -> Lines:
+        """What every tile along one axis needs of every value, as `propagate` finds it (the axes are independent)."""
+        start = np.arange(0, self.map[axis], size)
+        lines: Lines = dict.fromkeys(self.maps, (start, np.minimum(start + size, self.map[axis])))
+        for node in reversed(self.network.nodes):
+            for name in node.inputs:
+                lo, hi = node.operation.reads(axis, *lines[node.name], self.extents[name][axis])
+                if name in lines:
+                    lo, hi = np.minimum(lo, lines[name][0]), np.maximum(hi, lines[name][1])
+                lines[name] = lo, hi
+        return lines
 
-    def _price(self, size: tuple[int, int]) -> _Cut:
-        totals, widest = [], []
-        for axis in (0, 1):
-            lines = self._intervals(axis, size[axis])
-            lengths = {name: [line[name][1] - line[name][0] for line in lines] for name in lines[0]}
-            totals.append({name: sum(values) for name, values in lengths.items()})
-            widest.append({name: max(values) for name, values in lengths.items()})
-        flops = sum(
-            2 * n.operation.flops(n.channels) * totals[0][n.name] * totals[1][n.name] for n in self.network.nodes
-        )  # the input gradient costs what the forward pass costs
-        areas = {name: widest[0][name] * widest[1][name] for name in widest[0]}
-        tile_bytes = self._tile_bytes(areas, size != self.map)
-        return _Cut(size, tile_bytes, tile_bytes + self._result_bytes(size, areas[self.network.image]), flops)
+    def _lengths(self, axis: int, size: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Along one axis, for every value: the length that all tiles need together, and the longest of them."""
+        if (axis, size) not in self._known:
+            lengths = {name: hi - lo for name, (lo, hi) in self._intervals(axis, size).items()}
+            totals = {name: int(values.sum()) for name, values in lengths.items()}
+            self._known[axis, size] = totals, {name: int(values.max()) for name, values in lengths.items()}
+        return self._known[axis, size]
 
-    def _result_bytes(self, size: tuple[int, int], window: int) -> int:
-        """The gradient map, and the strips of it that wait for their neighbours (a row of tiles and one more)."""
-        waiting = window if size == self.map else (-(-self.map[1] // size[1]) + 1) * window
-        return (
-            (self.image[0] * self.image[1] + min(waiting, 2 * self.image[0] * self.image[1]))
-            * self.itemsize
-            * self.channels_out
-        )
+    def _price(self, height: int, widths: list[int]) -> list[_Cut]:
+        """Prices of tiles of `height` with each of `widths`, on the last map; one walk for a whole row of them."""
+        total, most = self._lengths(0, height)
+        columns = [self._lengths(1, width) for width in widths]
+        lines = {name: np.array([longest[name] for _, longest in columns]) for name in most}
+        tile_bytes = self._tile_bytes({name: most[name] * lines[name] for name in most})
+        cuts = []
+        for (totals, _), width, size in zip(columns, widths, tile_bytes, strict=True):
+            # the input gradient costs what the forward pass costs
+            flops = sum(2 * cost * total[name] * totals[name] for name, cost in self._flops)
+            live = int(size * (SLACK if (height, width) == self.map else CUT_SLACK)) + FIXED_BYTES
+            cuts.append(_Cut((height, width), live, live + self._result_bytes(height, most[self.network.image]), flops))
+        return cuts
 
-    def _tile_bytes(self, areas: dict[str, int], cut: bool) -> int:
-        """Peak of live tensors over one tile's forward and backward pass, by walking the graph as autograd does."""
+    def _result_bytes(self, height: int, window: int) -> int:
+        """The gradient map, and the cells that wait for tiles: those that windows of one row of tiles can touch."""
+        waiting = min(self.image[0], window + 2 * height * self.stride[0])
+        return (self.image[0] + waiting) * self.image[1] * self.itemsize * self.channels_out
+
+    def _tile_bytes(self, areas: dict[str, Any]) -> Any:
+        """Peak of live tensors over one tile's forward and backward pass, by walking the graph as autograd does.
+
+        `areas` holds pixels of every value, as arrays: one entry a size of tile that is asked about.
+        """
         network, size = self.network, self.itemsize
         channels = {network.image: network.channels, **{n.name: n.channels for n in network.nodes}}
         weight = {name: channels[name] * area * size for name, area in areas.items()}
@@ -141,38 +158,44 @@ class _Planner:
             alone = operation.in_place is not None and users[node.inputs[0]] == 1 and node.inputs[0] not in kept
             index = areas[node.name] * node.channels * 8 if operation.keeps_index else 0
             live[node.name] = weight[node.name] + index
-            held += 0 if alone else live[node.name]
+            held = held if alone else held + live[node.name]
             padded = weight[node.inputs[0]] if operation.keeps_input else 0  # a padded or re-ordered copy of the input
-            peak = max(peak, held + padded)
+            peak = np.maximum(peak, held + padded)
             for name in node.inputs:
                 users[name] -= 1
                 if users[name] == 0 and name not in kept:
-                    held -= 0 if alone else live[name]
+                    held = held if alone else held - live[name]
         # backward: all that is kept, plus at each step the gradients of the result and of the inputs
         pending = {name: weight[name] for name in self.maps}
-        peak = max(peak, held + sum(pending.values()))
+        peak = np.maximum(peak, held + sum(pending.values()))
         readers = network.users()
         for node in reversed(network.nodes):
             inputs = sum(weight[name] for name in node.inputs)
             # a value with several readers gets a gradient from each, before they are added
             again = sum(weight[name] for name in node.inputs if readers[name] > 1)
-            peak = max(peak, held + sum(pending.values()) + inputs + again)
+            peak = np.maximum(peak, held + sum(pending.values()) + inputs + again)
             pending.pop(node.name, None)
             pending.update({name: weight[name] for name in node.inputs})
             if node.name in kept or node.operation.keeps_index:
-                held -= live[node.name]
-        return int(peak * (CUT_SLACK if cut else SLACK)) + FIXED_BYTES
+                held = held - live[node.name]
+        return peak
 
     def _value(self, cut: _Cut) -> TilePlan:
-        whole = self._price(self.map)
-        rows, columns = self._intervals(0, cut.size[0]), self._intervals(1, cut.size[1])
-        starts = [list(range(0, n, step)) for n, step in zip(self.map, cut.size, strict=True)]
+        (whole,) = self._price(self.map[0], [self.map[1]])
+        rows, columns = (
+            list(
+                zip(
+                    *(bound.tolist() for bound in self._intervals(axis, cut.size[axis])[self.network.image]),
+                    strict=True,
+                )
+            )
+            for axis in (0, 1)
+        )
         tiles = []
-        for output in tile_regions(self.map, cut.size):
-            y, x = output.y0 // cut.size[0], output.x0 // cut.size[1]
-            window = Region(*rows[y][self.network.image], *columns[x][self.network.image])
+        for index, output in enumerate(tile_regions(self.map, cut.size)):
+            window = Region(*rows[index // len(columns)], *columns[index % len(columns)])
             cell = Region(*self._cell(0, output.y0, output.y1), *self._cell(1, output.x0, output.x1))
-            tiles.append(Tile(y * len(starts[1]) + x, output, window, cell))
+            tiles.append(Tile(index, output, window, cell))
         tile_px = (cut.size[0] * self.stride[0], cut.size[1] * self.stride[1])
         return TilePlan(
             self.image,

@@ -223,6 +223,8 @@ class Saliency:
         """Copies the map into `target`, an array of the same shape, a band of rows at a time."""
         if tuple(target.shape) != self.shape:
             raise ValueError(f"target.shape={tuple(target.shape)} must be {self.shape}, the shape of the saliency map")
-        rows = max(1, (getattr(target, "chunks", None) or self.shape)[-2])  # whole chunks, so that no chunk is written twice
+        rows = max(
+            1, (getattr(target, "chunks", None) or self.shape)[-2]
+        )  # whole chunks, so that no chunk is written twice
         for start in range(0, self.shape[-2], rows):
             target[..., start : start + rows, :] = self._values[..., start : start + rows, :]

@@ -138,7 +138,9 @@ class TileRunner:
                 owned.difference_update(node.inputs)
             if not operation.keeps_output:
                 owned.add(node.name)
-        return {value: values[value][(..., *tile.output.within(regions[value]))] for value, _ in network.pooled.values()}
+        return {
+            value: values[value][(..., *tile.output.within(regions[value]))] for value, _ in network.pooled.values()
+        }
 
     def _pool(self, x: Tensor, kind: str, tile: Tile) -> Partial:
         flat = x[0].flatten(1)

@@ -62,21 +62,28 @@ class TilePlan:
 
     @cached_property
     def routes(self) -> dict[int, tuple[int, ...]]:
-        """For each cell the tiles, ascending, whose windows touch it: who contributes to its gradient."""
-        return {
-            cell.index: tuple(t.index for t in self.tiles if not t.window.intersect(cell.cell).empty)
-            for cell in self.tiles
-            if not cell.cell.empty
-        }
+        """For each cell that is not empty the tiles, ascending, whose windows touch it: who adds to its gradient."""
+        return self._meeting("cell", "window")
 
     @cached_property
     def targets(self) -> dict[int, tuple[int, ...]]:
         """`routes` the other way: for each tile the cells that its window touches."""
-        targets: dict[int, list[int]] = {tile.index: [] for tile in self.tiles}
-        for cell, tiles in self.routes.items():
-            for tile in tiles:
-                targets[tile].append(cell)
-        return {tile: tuple(cells) for tile, cells in targets.items()}
+        return self._meeting("window", "cell")
+
+    def _meeting(self, mine: str, others: str) -> dict[int, tuple[int, ...]]:
+        """For each tile whose `mine` is not empty the tiles, ascending, whose `others` meet it.
+
+        Tiles lie on a grid, where boxes meet if their rows and their columns do: no need to try all pairs of tiles.
+        """
+        columns = sum(tile.output.y0 == self.tiles[0].output.y0 for tile in self.tiles)
+        row, column = self.tiles[:columns], self.tiles[::columns]
+        ys = _meets([getattr(t, mine) for t in column], [getattr(t, others) for t in column], 0)
+        xs = _meets([getattr(t, mine) for t in row], [getattr(t, others) for t in row], 1)
+        return {
+            tile.index: tuple(y * columns + x for y in ys[tile.index // columns] for x in xs[tile.index % columns])
+            for tile in self.tiles
+            if not getattr(tile, mine).empty
+        }
 
     def to_json(self) -> str:
         """The plan as text, for run folders: `from_json` gives it back equal."""
@@ -112,6 +119,12 @@ def tile_regions(extent: Extent, size: tuple[int, int]) -> list[Region]:
         for y in range(0, extent[0], size[0])
         for x in range(0, extent[1], size[1])
     ]
+
+
+def _meets(mine: list[Region], others: list[Region], axis: int) -> list[list[int]]:
+    """For each of `mine` the places in `others` of those that share a row (axis 0) or a column (axis 1) with it."""
+    a, b = ([(r.y0, r.y1) if axis == 0 else (r.x0, r.x1) for r in boxes] for boxes in (mine, others))
+    return [[i for i, (lo, hi) in enumerate(b) if max(lo, start) < min(hi, stop)] for start, stop in a]
 
 
 def _cells(plan: TilePlan) -> tuple[int, int]:

@@ -6,6 +6,16 @@ from .plan import plan_text
 from .runner import execute
 
 __all__ = [
-    "STAGES", "ClusterConfig", "Context", "Pipeline", "Stage", "StageConfig", "execute", "find", "load", "parse", "plan_text",
+    "STAGES",
+    "ClusterConfig",
+    "Context",
+    "Pipeline",
+    "Stage",
+    "StageConfig",
+    "execute",
+    "find",
+    "load",
+    "parse",
+    "plan_text",
     "run_pipeline",
-]  # fmt: skip
+]

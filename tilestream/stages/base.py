@@ -19,8 +19,8 @@ from distributed import Client
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from ..cluster import connect, dashboard_link
-from ..store import Store
+from tilestream.cluster import connect, dashboard_link
+from tilestream.store import Store
 
 
 class StageConfig(BaseModel):
@@ -33,7 +33,9 @@ class ClusterConfig(StageConfig):
     """Where tile tasks run. None of it changes results, but for `memory`, which decides the tiles of a new run."""
 
     scheduler: str | None = Field(None, description="address of a running Dask scheduler (default: a local cluster)")
-    workers: int | None = Field(None, ge=1, description="worker processes (default: one a core); to join: how many to wait for")
+    workers: int | None = Field(
+        None, ge=1, description="worker processes (default: one a core); to join: how many to wait for"
+    )
     threads: int | None = Field(None, ge=1, description="torch threads a worker (default: cores / workers)")
     memory: ByteSize = Field(ByteSize(2 * 2**30), description="budget of a tile task, like 2GiB")
 
@@ -114,7 +116,7 @@ Paths = Callable[[Any, Context], Iterable[Path]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A step: `run(config, context)` makes what `writes` names from what `reads` names (and, if `uses_store`, the store)."""
+    """A step: `run(config, context)` makes what `writes` names from what `reads` names and, if `uses_store`, the store."""
 
     verb: str
     config: type[StageConfig]
@@ -150,7 +152,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, synced, when the block ends well; otherwise nothing changes."""
+    """A temporary path that takes the place of `path`, synced, when the block ends well; else nothing changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -13,10 +13,11 @@ import zarr
 from pydantic import Field
 from zarr.codecs import ZstdCodec
 
-from ..cluster import Job
-from ..geometry import Region
-from ..methods import crop_region, cut, random_centre, unhealthy
-from ..store import Store
+from tilestream.cluster import Job
+from tilestream.geometry import Region
+from tilestream.methods import crop_region, cut, random_centre, unhealthy
+from tilestream.store import Store
+
 from .base import Context, Stage, StageConfig
 from .jobs import run_jobs
 from .preprocess import average_path, ensure_extremes, read_average
@@ -32,7 +33,7 @@ class CropsConfig(StageConfig):
     size_px: int = Field(512, ge=16, description="side of a crop")
     select: Literal["all", "training"] = Field(
         "all",
-        description="every photograph with a centre; or, of the training split, paper A's choice: grade 0 (by `healthy`) "
+        description="every photograph with a centre; or, for training, paper A's choice: grade 0 (by `healthy`) "
         "and the grades in `unhealthy_grades`",
     )
     healthy: Literal["random", "saliency"] = Field("random", description="centres of grade 0 for select=training")
@@ -43,7 +44,7 @@ class CropsConfig(StageConfig):
 
 
 def run(config: CropsConfig, context: Context) -> None:
-    """Writes crops.zarr (under another stage name S: S.zarr): image (n, 3, size, size) uint8 raw, and its table.
+    """Writes crops.zarr (under another stage name S, S.zarr): image (n, 3, size, size) uint8 raw.
 
     The table, crops.parquet, has a row a crop: position, id, y0_px, x0_px, height, width (of the photograph), low, high,
     padded, label, unhealthy, split.
@@ -61,7 +62,15 @@ def run(config: CropsConfig, context: Context) -> None:
 
     def make(id: str) -> Job:
         row = rows[id]
-        args = (str(context.store_path), id, str(partial), int(row.position), int(row.y0_px), int(row.x0_px), config.size_px)
+        args = (
+            str(context.store_path),
+            id,
+            str(partial),
+            int(row.position),
+            int(row.y0_px),
+            int(row.x0_px),
+            config.size_px,
+        )
         return Job.call(id, one, *args, size=row.height * row.width / 1e6)
 
     run_jobs(context, context.name, todo, make, lambda id, _: journal.append({"id": id}))
@@ -86,7 +95,9 @@ def plan_crops(config: CropsConfig, context: Context) -> pd.DataFrame:
                 y, x = random_centre((row["height"], row["width"]), config.border, config.seed, row["id"])
                 samples.loc[index, ["y_px", "x_px"]] = y, x
     samples = samples[samples["y_px"].notna()].reset_index(drop=True)
-    known = ensure_extremes(context, read_average(context), list(samples["id"])) if average_path(context).exists() else {}
+    known = (
+        ensure_extremes(context, read_average(context), list(samples["id"])) if average_path(context).exists() else {}
+    )
     rows: list[dict[str, Any]] = []
     for position, row in enumerate(samples.itertuples()):
         region = crop_region((row.height, row.width), (int(row.y_px), int(row.x_px)), config.size_px)

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 from pydantic import Field
 
-from ..methods.metrics import auc, binary_measures, by_grade
+from tilestream.methods.metrics import auc, binary_measures, by_grade
+
 from .base import Context, Stage, StageConfig, write_json
 from .predict import predictions_path
 from .split import read_table
@@ -53,7 +54,11 @@ def columns(table: pd.DataFrame) -> dict[str, str]:
 def measures(table: pd.DataFrame, prefix: str) -> dict[str, Any]:
     """All measures of one model; what cannot be computed is None, with `auc_missing` saying why."""
     labels, decisions = table["label"].to_numpy(), table[f"{prefix}decision"].to_numpy()
-    result: dict[str, Any] = {"photographs": len(table), "unhealthy": int(labels.sum()), **binary_measures(labels, decisions)}
+    result: dict[str, Any] = {
+        "photographs": len(table),
+        "unhealthy": int(labels.sum()),
+        **binary_measures(labels, decisions),
+    }
     try:
         area = auc(labels, table[f"{prefix}probability"].to_numpy())
         result.update(auc=area.value, auc_low=area.low, auc_high=area.high)

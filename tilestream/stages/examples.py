@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from ..geometry import Region
-from ..methods import Extremes, normalise_crop, normalise_square, resize_square
-from ..methods.preprocessing import Floats
-from ..store import Store
+from tilestream.geometry import Region
+from tilestream.methods import Extremes, normalise_crop, normalise_square, resize_square
+from tilestream.methods.preprocessing import Floats
+from tilestream.store import Store
 
 
 class Squares:
@@ -26,12 +26,12 @@ class Squares:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Floats:
-        square = resize_square(self.store.square(self.ids[index])[:], self.average.shape[-1])
+        square = resize_square(np.asarray(self.store.square(self.ids[index])[:]), self.average.shape[-1])
         return normalise_square(square, self.average)
 
 
 class Crops:
-    """Crops of a crops folder, normalised as their photographs are; `table` is a part of its rows, `labels` (n,) int64."""
+    """Crops of a crops folder, normalised as their photographs are; `table` is a part of its rows."""
 
     def __init__(self, path: Path, table: pd.DataFrame, labels: Sequence[int], average: Floats) -> None:
         self.crops = zarr.open_array(path / "image", mode="r")

@@ -10,8 +10,9 @@ from typing import Any
 import pyvips
 from pydantic import Field
 
-from ..cluster import Job
-from ..store import Store, create_store, find_photographs, ingest_photograph, read_labels, write_labels
+from tilestream.cluster import Job
+from tilestream.store import Store, create_store, find_photographs, ingest_photograph, read_labels, write_labels
+
 from .base import Context, Stage, StageConfig
 from .jobs import run_jobs
 
@@ -19,11 +20,15 @@ from .jobs import run_jobs
 class IngestConfig(StageConfig):
     """Stores photographs as chunked Zarr, with their labels."""
 
-    folder: Path = Field(description="folder with the photographs; a relative one is looked for below the run's folder, too")
+    folder: Path = Field(
+        description="folder with the photographs; a relative one is looked for below the run's folder, too"
+    )
     labels: Path | None = Field(None, description="CSV with a row a photograph")
     id_column: str = Field("image", description="its column with the photographs' names, with or without ending")
     label_column: str | None = Field(None, description="its column with the grades")
-    patient_column: str | None = Field(None, description="its column with the patients (default: every photograph its own)")
+    patient_column: str | None = Field(
+        None, description="its column with the patients (default: every photograph its own)"
+    )
 
 
 def run(config: IngestConfig, context: Context) -> None:
@@ -58,7 +63,9 @@ def run(config: IngestConfig, context: Context) -> None:
         f"+ {outcomes['quarantined']} quarantined{f' ({left})' if left else ''}"
     )
     if not Store(store).ids:
-        raise ValueError(f"no photograph of folder={str(folder)!r} could be ingested; 'tilestream info {store}' says why")
+        raise ValueError(
+            f"no photograph of folder={str(folder)!r} could be ingested; 'tilestream info {store}' says why"
+        )
 
 
 def one(store: str, source: Any) -> dict[str, Any]:

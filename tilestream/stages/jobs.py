@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..cluster import Job, progress, run
+from tilestream.cluster import Job, progress, run
+
 from .base import Context
 
 

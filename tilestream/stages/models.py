@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..nets import Model, load_model
+from tilestream.nets import Model, load_model
+
 from .base import Context, nearest
 
 
 def locate(context: Context, model: str) -> Path:
-    """The file of a model: a path as it is, a bare name in the run's models (or in those of the old run that was named)."""
+    """The file of a model: a path as it is, a bare name in the run's models (or in those of an old run)."""
     if model.endswith(".safetensors") or "/" in model:
         return Path(model)
     return context.models_path / f"{model}.safetensors"

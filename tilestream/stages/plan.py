@@ -6,8 +6,8 @@ import json
 import re
 from dataclasses import asdict
 
-from ..engine import parse_bytes, plan, trace
-from ..nets import build, load_model
+from tilestream.engine import parse_bytes, plan, trace
+from tilestream.nets import build, load_model
 
 
 def plan_text(net: str, size: str, memory: str | None, tile: int | None, as_json: bool) -> str:

@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from ..methods import Threshold, fit_threshold, unhealthy
-from ..training import predict
+from tilestream.methods import Threshold, fit_threshold, unhealthy
+from tilestream.training import predict
+
 from .base import Context, Stage, StageConfig, write_json
 from .crops import crops_path, read_crops, table_path
 from .examples import Crops, Squares
@@ -35,8 +36,9 @@ class PredictConfig(StageConfig):
 
 
 def run(config: PredictConfig, context: Context) -> None:
-    """Writes predictions.parquet: id, label (0/1, NA if unknown), probability, decision; then grade, split, naive_probability,
-    naive_decision. Fitted thresholds go to models/decision.json."""
+    """Writes predictions.parquet: id, label (0/1, NA if unknown), probability, decision, grade, split, and naive_*.
+
+    Fitted thresholds go to models/decision.json."""
     if config.crops is None and config.naive is None:
         raise ValueError("crops and naive are both null; give at least one network to predict with")
     torch.manual_seed(0)
@@ -74,7 +76,9 @@ def _crop_scores(config: PredictConfig, context: Context) -> pd.Series:
     assert config.crops is not None
     crops = read_crops(context, config.crops)
     model = read_model(context, config.model)
-    examples = Crops(crops_path(context, config.crops), crops, [0] * len(crops), average_of(model.preprocessing, config.model))
+    examples = Crops(
+        crops_path(context, config.crops), crops, [0] * len(crops), average_of(model.preprocessing, config.model)
+    )
     return pd.Series(_unhealthy(model.net, examples, config.batch_size), index=crops["id"])
 
 
@@ -118,4 +122,10 @@ def writes(config: PredictConfig, context: Context) -> Iterable[Path]:
     return [predictions_path(context), *([decision_path(context)] if config.decision == "fit" else [])]
 
 
-STAGE = Stage("predict", PredictConfig, run, reads, writes, )
+STAGE = Stage(
+    "predict",
+    PredictConfig,
+    run,
+    reads,
+    writes,
+)

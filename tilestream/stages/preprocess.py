@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from ..cluster import Job
-from ..methods import Extremes, average_image, extremes, resize_square
-from ..methods.preprocessing import Floats
-from ..store import Store
+from tilestream.cluster import Job
+from tilestream.methods import Extremes, average_image, extremes, resize_square
+from tilestream.methods.preprocessing import Floats
+from tilestream.store import Store
+
 from .base import Context, Stage, StageConfig, replacing
 from .jobs import run_jobs
 from .models import locate, read_model
@@ -32,7 +33,7 @@ def run(config: PreprocessConfig, context: Context) -> None:
     """Writes average.npy, (3, size_px, size_px) float32 in grey levels, and extremes.parquet: id, low, high."""
     if config.model is None:
         store, ids = context.store, list(chosen(context, ["train"])["id"])
-        average = average_image(resize_square(store.square(id)[:], config.size_px) for id in ids)
+        average = average_image(resize_square(np.asarray(store.square(id)[:]), config.size_px) for id in ids)
     else:
         average = average_of(read_model(context, config.model).preprocessing, config.model)
     with replacing(average_path(context)) as temporary, temporary.open("wb") as file:
@@ -61,7 +62,7 @@ def read_average(context: Context) -> Floats:
 
 
 def ensure_extremes(context: Context, average: Floats, ids: Sequence[str]) -> dict[str, Extremes]:
-    """The extremes of these photographs: from extremes.parquet where it belongs to `average`, else computed and added."""
+    """The extremes of these photographs: those in extremes.parquet if they belong to `average`; others are added."""
     path, stamp = context.run / "extremes.parquet", _stamp(average)
     known: dict[str, Extremes] = {}
     if path.exists():

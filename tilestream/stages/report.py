@@ -14,11 +14,12 @@ import torch
 import zarr
 from pydantic import Field
 
-from .. import report
-from ..geometry import interior
-from ..methods import crop_region
-from ..methods.metrics import AUC, roc_points
-from ..report import Card, Code, Gallery, KeyFigures, Picture, Section, Table
+from tilestream import report
+from tilestream.geometry import interior
+from tilestream.methods import crop_region
+from tilestream.methods.metrics import AUC, roc_points
+from tilestream.report import Card, Code, Gallery, KeyFigures, Picture, Section, Table
+
 from .base import Context, Stage, StageConfig
 from .crops import crops_path, table_path
 from .evaluate import columns, metrics_path, read_metrics, selected
@@ -44,7 +45,11 @@ def run(config: ReportConfig, context: Context) -> None:
     facts: dict[str, Any] = {}
     if context.store_path is not None:
         info = context.store.info()
-        facts = {"Photographs": info["images"], "Megapixels": round(info["megapixels"], 1), "Quarantined": info["quarantined"]}
+        facts = {
+            "Photographs": info["images"],
+            "Megapixels": round(info["megapixels"], 1),
+            "Quarantined": info["quarantined"],
+        }
     report.write_page(report_path(context), config.title, sections, facts=facts, footer=config.credit)
     context.say(f"report: {report_path(context).resolve()}")
 
@@ -59,7 +64,9 @@ def _results(context: Context) -> Iterator[Section]:
     rows = [[m, *(_interval(metrics[name], m) for name in models)] for m in ("auc", *MEASURES)]
     items: list[Any] = [
         KeyFigures(figures),
-        Table(["measure", *models], rows, f"On {len(table)} photographs of the {metrics['split']} split, 95 % intervals."),
+        Table(
+            ["measure", *models], rows, f"On {len(table)} photographs of the {metrics['split']} split, 95 % intervals."
+        ),
     ]
     curves = {}
     for name, prefix in models.items():
@@ -77,10 +84,14 @@ def _results(context: Context) -> Iterator[Section]:
             column_label="grade",
             truth="columns",
         )
-        items.append(Picture(matrix, f"Decisions of the {name} model by grade.", f"confusion matrix, {name}", chart=True))
+        items.append(
+            Picture(matrix, f"Decisions of the {name} model by grade.", f"confusion matrix, {name}", chart=True)
+        )
         histogram = report.probability_histogram(table[f"{prefix}probability"], table["label"])
         items.append(Picture(histogram, f"Probabilities of the {name} model.", f"histogram, {name}", chart=True))
-    yield Section("Results", "Healthy is grade 0 or 1, unhealthy 2 to 4. Thresholds were fixed on validation photographs.", items)
+    yield Section(
+        "Results", "Healthy is grade 0 or 1, unhealthy 2 to 4. Thresholds were fixed on validation photographs.", items
+    )
 
 
 def _interval(metrics: dict[str, Any], name: str) -> str | None:
@@ -107,14 +118,16 @@ def _gallery(config: ReportConfig, context: Context) -> Iterator[Section]:
         share = max(1, round(config.gallery * len(part) / total))
         rows = part.iloc[np.unique(np.linspace(0, len(part) - 1, min(share, len(part))).astype(int))]
         cards = [_card(config, context, row, crops) for _, row in rows.iterrows()]
-        intro = f"{len(cards)} of {len(part)}: the photograph, its saliency, the border rule with the crop's frame, the crop."
+        intro = f"{len(cards)} of {len(part)}: photograph, saliency, border rule with the crop's frame, crop."
         yield Section(heading, intro, [Gallery(cards)])
 
 
 def _groups(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Wrong and right cases of the test photographs, where labels say which; everything otherwise."""
     if "decision" in table and table["label"].notna().any():
-        shown = table[(table["split"] == "test") & table["label"].notna()] if (table["split"] == "test").any() else table
+        shown = (
+            table[(table["split"] == "test") & table["label"].notna()] if (table["split"] == "test").any() else table
+        )
         shown = shown.sort_values(["grade", "id"])
         wrong = shown["label"] != shown["decision"]
         for heading, part in (("Wrong decisions", shown[wrong]), ("Right decisions", shown[~wrong])):
@@ -135,7 +148,9 @@ def _card(config: ReportConfig, context: Context, row: pd.Series, crops: pd.Data
     ]
     if crops is not None and (crops["id"] == id).any():
         position = int(crops.loc[crops["id"] == id, "position"].iloc[0])
-        crop = zarr.open_array(crops_path(context, "crops") / "image", mode="r")[position].transpose(1, 2, 0)
+        crop = np.asarray(zarr.open_array(crops_path(context, "crops") / "image", mode="r")[position]).transpose(
+            1, 2, 0
+        )
         region = crop_region(extent, centre, crop.shape[0])
         framed = report.frame(
             picture,
@@ -161,7 +176,7 @@ def _small(context: Context, id: str, width_px: int) -> tuple[np.ndarray, tuple[
     """A photograph at most `width_px` wide, (h, w, 3) uint8, from the smallest stored level that is wide enough."""
     levels = context.store.levels(id)
     level = max((i for i, shape in enumerate(levels) if shape[2] >= width_px), default=0)
-    image = np.ascontiguousarray(context.store.image(id, level)[:].transpose(1, 2, 0))
+    image = np.ascontiguousarray(np.asarray(context.store.image(id, level)[:]).transpose(1, 2, 0))
     if image.shape[1] > width_px:
         size = (width_px, max(1, round(image.shape[0] * width_px / image.shape[1])))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
@@ -175,7 +190,8 @@ def _fit(overview: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if overview.shape[0] < shape[0] or overview.shape[1] < shape[1]:
         return cv2.resize(overview, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST)
     rows = np.maximum.reduceat(overview, np.searchsorted(y, np.arange(shape[0])), axis=0)
-    return np.maximum.reduceat(rows, np.searchsorted(x, np.arange(shape[1])), axis=1)
+    fitted: np.ndarray = np.maximum.reduceat(rows, np.searchsorted(x, np.arange(shape[1])), axis=1)
+    return fitted
 
 
 def _training(context: Context) -> Iterator[Section]:
@@ -195,7 +211,9 @@ def _run(context: Context) -> Iterator[Section]:
             for name, t in json.loads(timings.read_text()).items()
             if name != context.name
         ]
-        items.append(Table(["stage", "wall, s", "driver, MiB", "largest worker, MiB"], rows, "Time and peak memory.", digits=1))
+        items.append(
+            Table(["stage", "wall, s", "driver, MiB", "largest worker, MiB"], rows, "Time and peak memory.", digits=1)
+        )
     records = sorted((context.run / "journal").glob("*.json"), key=lambda p: p.stat().st_mtime)
     configs = {p.stem: json.loads(p.read_text())["config"] for p in records if p.stem != context.name}
     items.append(Table(["package", "version"], [["torch", torch.__version__], ["numpy", np.__version__]], "Versions."))

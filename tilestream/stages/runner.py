@@ -38,7 +38,7 @@ class Journal:
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record, on disk before this returns; begins a new line where a kill left half of one."""
-        torn = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes()[-1:] == b"\n"
+        torn = self.path.exists() and self.path.stat().st_size and self.path.read_bytes()[-1:] != b"\n"
         if torn:
             data = self.path.read_bytes()
             os.truncate(self.path, data.rfind(b"\n") + 1)
@@ -90,7 +90,7 @@ class Meter:
 
 
 def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> bool:
-    """Runs a stage under `name`; returns False when it was skipped, because configuration and inputs are those of its last run.
+    """Runs a stage under `name`; False when it was skipped: configuration and inputs are those of its last run.
 
     Unfinished work of a killed run with the same configuration and inputs is continued if `context.resume`, else removed.
     """
@@ -119,7 +119,11 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
             "stage": stage.verb,
             "config": config.model_dump(mode="json"),
             "outputs": outputs,
-            "versions": {"torch": torch.__version__, "numpy": numpy.__version__, "threads": context.cluster.thread_count},
+            "versions": {
+                "torch": torch.__version__,
+                "numpy": numpy.__version__,
+                "threads": context.cluster.thread_count,
+            },
         },
     )
     shutil.rmtree(partial)
@@ -132,7 +136,7 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
 
 
 def fingerprint(stage: Stage, config: StageConfig, context: Context) -> str:
-    """A hash of everything that the stage's result depends on: its settings, the files it reads, the store's photographs."""
+    """A hash of what the stage's result depends on: its settings, the files it reads, the store's photographs."""
     parts: dict[str, Any] = {
         "verb": stage.verb,
         "config": config.model_dump(mode="json", exclude=set(stage.operational)),

@@ -1,4 +1,4 @@
-"""Saliency maps of photographs, tile by tile over the cluster: the centre of each crop, a small picture, the map on request."""
+"""Saliency maps of photographs, tile by tile over the cluster: crop centres, small pictures, maps on request."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pandas as pd
 import zarr
 from pydantic import Field
 
-from ..cluster import Job
-from ..engine import plan, trace
-from ..store.layout import encode_id
+from tilestream.cluster import Job
+from tilestream.engine import plan, trace
+from tilestream.store.layout import encode_id
+
 from . import saliency_tasks as tasks
 from .base import Context, Stage, StageConfig, digest, replacing
 from .jobs import run_jobs
@@ -29,11 +30,15 @@ class SaliencyConfig(StageConfig):
 
     model: str = Field("first", description="model file, or the name of one of this run's models")
     net: str | None = Field(None, description="package.module:factory, for a file that does not name its network")
-    resolution: Literal["full", "square"] = Field("full", description="the photograph as it is, or squashed to the training square")
+    resolution: Literal["full", "square"] = Field(
+        "full", description="the photograph as it is, or squashed to the training square"
+    )
     method: Literal["gradient"] = Field("gradient", description="what is propagated back")
     reduce: Literal["mean", "absmean", "absmax"] = Field("mean", description="how the three channels become one")
     target: int = Field(1, ge=0, description="the logit that is differentiated")
-    border: float = Field(0.1, ge=0, lt=0.5, description="kappa, the share of the frame left out at each side (Formula 1)")
+    border: float = Field(
+        0.1, ge=0, lt=0.5, description="kappa, the share of the frame left out at each side (Formula 1)"
+    )
     splits: list[str] | None = Field(None, description="only photographs of these splits (default: all)")
     limit: int | None = Field(None, ge=1, description="only the first so many photographs")
     tile_px: int | None = Field(None, description="side of the tiles in px instead of the budget's choice")
@@ -141,7 +146,12 @@ def _create_map(context: Context, id: str, plans: _Plans, extent: tuple[int, int
     path = context.run / f"{context.name}.zarr" / encode_id(id)
     chunks = tasks.read_plan(plans.path(extent)).tile_px
     zarr.create_array(
-        path, shape=extent, chunks=tuple(map(min, chunks, extent)), dtype="f4", overwrite=True, dimension_names=["y", "x"]
+        path,
+        shape=extent,
+        chunks=tuple(map(min, chunks, extent)),
+        dtype="f4",
+        overwrite=True,
+        dimension_names=["y", "x"],
     )
     return str(path)
 

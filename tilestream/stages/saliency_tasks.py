@@ -17,12 +17,12 @@ import numpy as np
 import torch
 import zarr
 
-from ..cluster import Reduction
-from ..engine import Network, Peak, Reduce, SaliencyPass, Source, highest, highest_of, plan, trace
-from ..geometry import Extent, Region, TilePlan, interior
-from ..methods import Extremes, Normalised, normalise_square, resize_square
-from ..nets import load_model
-from ..store import Store
+from tilestream.cluster import Reduction
+from tilestream.engine import Network, Peak, Reduce, SaliencyPass, Source, highest, highest_of, plan, trace
+from tilestream.geometry import Extent, Region, TilePlan, interior
+from tilestream.methods import Extremes, Normalised, normalise_square, resize_square
+from tilestream.nets import load_model
+from tilestream.store import Store
 
 OVERVIEW = 8
 """Side in px of the blocks whose maxima make the small picture of a map."""
@@ -157,7 +157,7 @@ def squashed(task: Task, size_px: int) -> Result:
     """The map over the squashed square (paper A's training crops), its highest point in px of the photograph."""
     net, average = network(task.model, task.model_sha256, task.net)
     store = Store(task.store)
-    raw = resize_square(store.square(task.id)[:], size_px)
+    raw = resize_square(np.asarray(store.square(task.id)[:]), size_px)
     image = raw if average is None else normalise_square(raw, average)
     layout = plan(net, (size_px, size_px), tile=_stride_multiple(net, size_px))
     work = SaliencyPass(net, layout, target=task.target, reduce=task.reduce, method=task.method)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field
 
-from ..training import split
+from tilestream.training import split
+
 from .base import Context, Stage, StageConfig, replacing
 
 

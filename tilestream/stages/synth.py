@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from ..cluster import Job
-from ..synthesis import BALANCED_SHARES, EYEPACS_SHARES, grades, photograph
+from tilestream.cluster import Job
+from tilestream.synthesis import BALANCED_SHARES, EYEPACS_SHARES, grades, photograph
+
 from .base import Context, Stage, StageConfig, replacing
 from .jobs import run_jobs
 
@@ -22,9 +23,13 @@ class SynthConfig(StageConfig):
 
     images: int = Field(20, ge=1, description="number of photographs")
     seed: int = Field(0, ge=0, description="seed; the same seed makes the same files")
-    tier: Literal["realistic", "stress"] = Field("realistic", description="size of the smallest lesions: 20-60 um or 12-20 um")
+    tier: Literal["realistic", "stress"] = Field(
+        "realistic", description="size of the smallest lesions: 20-60 um or 12-20 um"
+    )
     shares: Literal["balanced", "eyepacs"] = Field("balanced", description="shares of the grades")
-    height_px: int | None = Field(None, ge=256, description="height of every photograph (default: frames of real cameras)")
+    height_px: int | None = Field(
+        None, ge=256, description="height of every photograph (default: frames of real cameras)"
+    )
     width_px: int | None = Field(None, ge=256, description="width of every photograph")
     folder: str = Field("photographs", description="where they go, below the run's folder")
 
@@ -54,7 +59,9 @@ def run(config: SynthConfig, context: Context) -> None:
         pd.DataFrame({"image": names, "level": levels}).to_csv(temporary, index=False)
 
 
-def make(level: int, size: tuple[int, int] | None, seed: int, tier: str, folder: str, name: str) -> list[dict[str, Any]]:
+def make(
+    level: int, size: tuple[int, int] | None, seed: int, tier: str, folder: str, name: str
+) -> list[dict[str, Any]]:
     """Draws one photograph and writes its files; returns its lesions, a row each."""
     cv2.setNumThreads(1)
     made = photograph(level, size=size, seed=seed, tier=tier)
@@ -62,7 +69,13 @@ def make(level: int, size: tuple[int, int] | None, seed: int, tier: str, folder:
     _write(Path(folder) / f"{name}.jpeg", made.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     _write(Path(folder) / "lesions" / f"{name}.png", made.lesion_map, [])
     return [
-        {"image": name, "kind": s.kind, "y_px": round(s.y_px, 2), "x_px": round(s.x_px, 2), "radius_px": round(s.radius_px, 2)}
+        {
+            "image": name,
+            "kind": s.kind,
+            "y_px": round(s.y_px, 2),
+            "x_px": round(s.x_px, 2),
+            "radius_px": round(s.radius_px, 2),
+        }
         for s in made.lesions
     ]
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from ..methods import unhealthy
-from ..nets import build, load_weights, save_model
-from ..training import Examples, TrainingConfig, fit
+from tilestream.methods import unhealthy
+from tilestream.nets import build, load_weights, save_model
+from tilestream.training import Examples, TrainingConfig, fit
+
 from .base import Context, Stage, StageConfig, write_json
 from .crops import read_crops
 from .examples import Crops, Squares
@@ -29,7 +30,9 @@ class TrainConfig(TrainingConfig, StageConfig):
     model: str = Field("first", description="name of the model file")
     net: str = Field("ResidualNet", description="network: a name of tilestream.nets or package.module:factory")
     parameters: dict[str, Any] = Field(default_factory=dict, description="arguments of the network, as JSON")
-    init: Path | None = Field(None, description="initial weights: a model file or safetensors state dict of the same network")
+    init: Path | None = Field(
+        None, description="initial weights: a model file or safetensors state dict of the same network"
+    )
 
 
 def run(config: TrainConfig, context: Context) -> None:
@@ -81,7 +84,9 @@ def examples(config: TrainConfig, context: Context, split: str) -> Examples:
         table = table[table["split"] == split]
         found = Crops(context.run / f"{config.crops}.zarr", table, table["unhealthy"].tolist(), average)
     if not len(found):
-        raise ValueError(f"the {split} split has no {config.examples}; give more photographs or other fractions to 'split'")
+        raise ValueError(
+            f"the {split} split has no {config.examples}; give more photographs or other fractions to 'split'"
+        )
     return found
 
 
