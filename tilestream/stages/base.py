@@ -116,7 +116,7 @@ Paths = Callable[[Any, Context], Iterable[Path]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A step: `run(config, context)` makes what `writes` names from what `reads` names and, if `uses_store`, the store."""
+    """A step: `run(config, context)` makes what `writes` names from what `reads` names, and the store if it uses it."""
 
     verb: str
     config: type[StageConfig]

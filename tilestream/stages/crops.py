@@ -46,7 +46,7 @@ class CropsConfig(StageConfig):
 def run(config: CropsConfig, context: Context) -> None:
     """Writes crops.zarr (under another stage name S, S.zarr): image (n, 3, size, size) uint8 raw.
 
-    The table, crops.parquet, has a row a crop: position, id, y0_px, x0_px, height, width (of the photograph), low, high,
+    The table, crops.parquet, has a row a crop: position, id, y0_px, x0_px, height, width (the photograph's), low, high,
     padded, label, unhealthy, split.
     """
     table = plan_crops(config, context)

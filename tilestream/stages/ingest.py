@@ -84,4 +84,8 @@ def reads(config: IngestConfig, context: Context) -> Iterable[Path]:
     return [located(config.folder, context), *([located(config.labels, context)] if config.labels else [])]
 
 
-STAGE = Stage("ingest", IngestConfig, run, reads=reads, uses_store=False)
+def writes(config: IngestConfig, context: Context) -> Iterable[Path]:
+    return [context.store_path / "commits"] if context.store_path else []
+
+
+STAGE = Stage("ingest", IngestConfig, run, reads, writes, uses_store=False)

@@ -188,7 +188,7 @@ def _fit(overview: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     y = (np.arange(overview.shape[0]) * shape[0]) // overview.shape[0]
     x = (np.arange(overview.shape[1]) * shape[1]) // overview.shape[1]
     if overview.shape[0] < shape[0] or overview.shape[1] < shape[1]:
-        return cv2.resize(overview, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST)
+        return np.asarray(cv2.resize(overview, (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST))
     rows = np.maximum.reduceat(overview, np.searchsorted(y, np.arange(shape[0])), axis=0)
     fitted: np.ndarray = np.maximum.reduceat(rows, np.searchsorted(x, np.arange(shape[1])), axis=1)
     return fitted

@@ -23,7 +23,7 @@ class Journal:
     """Finished items of a stage, a JSON line each, synced; what a kill tore off is left out when it is read."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._whole = path, False
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> dict[str, dict[str, Any]]:
@@ -37,11 +37,12 @@ class Journal:
         return records
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a record, on disk before this returns; begins a new line where a kill left half of one."""
-        torn = self.path.exists() and self.path.stat().st_size and self.path.read_bytes()[-1:] != b"\n"
-        if torn:
-            data = self.path.read_bytes()
-            os.truncate(self.path, data.rfind(b"\n") + 1)
+        """Adds a record, on disk before this returns; half a line that a kill left is cut off first."""
+        if not self._whole:
+            data = self.path.read_bytes() if self.path.exists() else b""
+            if data and not data.endswith(b"\n"):
+                os.truncate(self.path, data.rfind(b"\n") + 1)
+            self._whole = True
         with self.path.open("ab") as file:
             file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             file.flush()
@@ -92,7 +93,8 @@ class Meter:
 def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> bool:
     """Runs a stage under `name`; False when it was skipped: configuration and inputs are those of its last run.
 
-    Unfinished work of a killed run with the same configuration and inputs is continued if `context.resume`, else removed.
+    Unfinished work of a killed run with the same configuration and inputs is continued if `context.resume`, else
+    removed.
     """
     context.name = name
     mark = fingerprint(stage, config, context)
@@ -111,7 +113,7 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
     context.say(f"{name}: {stage.verb}")
     with Meter() as meter:
         stage.run(config, context)
-    outputs = {str(p.relative_to(context.run)): digest(p) for p in stage.writes(config, context)}
+    outputs = {os.path.relpath(p, context.run): digest(p) for p in stage.writes(config, context)}
     write_json(
         record_path,
         {
@@ -140,12 +142,17 @@ def fingerprint(stage: Stage, config: StageConfig, context: Context) -> str:
     parts: dict[str, Any] = {
         "verb": stage.verb,
         "config": config.model_dump(mode="json", exclude=set(stage.operational)),
-        "reads": {str(path): digest(path) for path in stage.reads(config, context)},
+        "reads": {_name(path, context): digest(path) for path in stage.reads(config, context)},
     }
     if stage.uses_store:
         samples = context.store.samples()
         parts["store"] = hashlib.sha256(samples.to_csv(index=False).encode()).hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _name(path: Path, context: Context) -> str:
+    """A file as fingerprints name it: by its place in the run, or by name alone, so that folders may move."""
+    return str(path.relative_to(context.run)) if path.is_relative_to(context.run) else path.name
 
 
 def _unchanged(record_path: Path, mark: str, context: Context) -> bool:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from tilestream.cluster import Job
 from tilestream.engine import plan, trace
+from tilestream.geometry import TilePlan
 from tilestream.store.layout import encode_id
 
 from . import saliency_tasks as tasks
@@ -131,7 +132,7 @@ class _Plans:
             self.context.say(f"{self.context.name}: {layout}")
             with replacing(path) as temporary:
                 temporary.write_text(layout.to_json())
-        layout = tasks.read_plan(str(path))
+        layout = TilePlan.from_json(path.read_text())
         # named by content: workers keep plans by path, and a name must never mean two plans
         stamp = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         recorded = self.context.run / "plans" / f"{extent[0]}x{extent[1]}-{stamp}.json"
