@@ -1,0 +1,39 @@
+"""A tiny version of each benchmark runs: numbers come out, and mean what they say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_engine(tmp_path, capsys):
+    out = tmp_path / "engine.json"
+    words = [
+        "--net",
+        "ResidualNet",
+        "--size",
+        "1024x1024",
+        "--budgets",
+        "180MiB",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+    ]
+    rows = load("engine").main([*words, "--out", str(out)])
+    assert [row["variant"] for row in rows] == ["autograd", "autograd channels-last", "180MiB"]
+    assert all(row["seconds"] > 0 and row["useful_gflops"] > 0 for row in rows)
+    plain, _, cut = rows
+    assert cut["overhead"] > 1 == plain["overhead"]
+    assert cut["bytes"] < plain["bytes"]
+    assert cut["bytes"] <= cut["predicted_bytes"] <= 180 << 20
+    assert "of peak" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"] == rows
