@@ -1,7 +1,11 @@
 """Fixtures for all tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from tilestream.cluster import connect
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +13,10 @@ def _seeded():
     """Tests start from one seed, on one thread: many short kernels on few cores are slower with more."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """Address of a scheduler with two workers, which runs join: starting a cluster for each would take longer."""
+    with connect(workers=2) as client:
+        yield client.cluster.scheduler_address

@@ -73,7 +73,7 @@ def ensure_extremes(context: Context, average: Floats, ids: Sequence[str]) -> di
     known.update({id: Extremes(r["low"], r["high"]) for id, r in journal.read().items()})
     missing = [id for id in ids if id not in known]
     if missing:
-        file = context.run / "journal" / f"average-{stamp[:12]}.npy"  # workers read it once, by name
+        file = context.partial_path / f"average-{stamp[:12]}.npy"  # workers read it once, by name
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.save(out, average)
 

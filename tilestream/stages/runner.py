@@ -81,7 +81,7 @@ class Meter:
                 continue
 
     def record(self) -> dict[str, Any]:
-        """What timings.json holds for a stage."""
+        """What timings.json holds for a stage; of a resumed one, for its last part."""
         return {
             "wall_s": round(self.wall_s, 3),
             "peak_bytes": max(self.driver_bytes, self.worker_bytes),
@@ -108,6 +108,7 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
         if context.resume:
             context.say(f"{name}: inputs or configuration changed since the unfinished run; starting afresh")
         shutil.rmtree(partial)
+    resumed = partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     claim.write_text(mark)
     context.say(f"{name}: {stage.verb}")
@@ -129,7 +130,7 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
         },
     )
     shutil.rmtree(partial)
-    _record_time(context.run / "timings.json", name, meter.record())
+    _record_time(context.run / "timings.json", name, {**meter.record(), "resumed": resumed})
     peaks = f"driver {meter.driver_bytes / 2**20:.0f} MiB"
     if meter.worker_bytes:
         peaks += f", largest worker {meter.worker_bytes / 2**20:.0f} MiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -93,9 +94,15 @@ def run(config: SaliencyConfig, context: Context) -> None:
         with replacing(overview) as temporary, temporary.open("wb") as file:
             np.save(file, value.overview)
         record = {"id": id, "y_px": value.peak.y_px, "x_px": value.peak.x_px, "value": value.peak.value}
+        if config.write:  # a map appears under its name when it is whole
+            final = maps_path(context) / encode_id(id)
+            shutil.rmtree(final, ignore_errors=True)
+            _map_path(context, id).rename(final)
         done[id] = {**record, "probability": value.probability}
         journal.append(done[id])
 
+    if config.write and not maps_path(context).exists():
+        zarr.create_group(maps_path(context))
     missing = [id for id in samples["id"] if id not in done]
     parts = None if config.resolution == "square" else sum(files.tiles(extents[id]) for id in missing)
     run_jobs(context, context.name, missing, make, result, parts)
@@ -144,7 +151,7 @@ class _Plans:
 
 def _create_map(context: Context, id: str, plans: _Plans, extent: tuple[int, int]) -> str:
     """An empty map on disk, chunked as the plan's cells are: each task owns whole chunks."""
-    path = context.run / f"{context.name}.zarr" / encode_id(id)
+    path = _map_path(context, id)
     chunks = tasks.read_plan(plans.path(extent)).tile_px
     zarr.create_array(
         path,
@@ -155,6 +162,14 @@ def _create_map(context: Context, id: str, plans: _Plans, extent: tuple[int, int
         dimension_names=["y", "x"],
     )
     return str(path)
+
+
+def _map_path(context: Context, id: str) -> Path:
+    return context.partial_path / "maps" / encode_id(id)
+
+
+def maps_path(context: Context) -> Path:
+    return context.run / f"{context.name}.zarr"
 
 
 def centres_path(context: Context, name: str) -> Path:
@@ -172,7 +187,7 @@ def reads(config: SaliencyConfig, context: Context) -> Iterable[Path]:
 
 def writes(config: SaliencyConfig, context: Context) -> Iterable[Path]:
     folder = overview_path(context, context.name, "x").parent
-    maps = [context.run / f"{context.name}.zarr"] if config.write else []
+    maps = [maps_path(context)] if config.write else []
     return [centres_path(context, context.name), folder, *maps]
 
 

@@ -4,12 +4,16 @@ Written one photograph at a time by `ingest_photograph`, read by `Store` (Zarr a
 (xarray). Photographs that cannot be used are recorded in the store's quarantine, none is lost silently.
 """
 
-from tilestream.store.dataset import open_dataset
+from typing import TYPE_CHECKING, Any
+
 from tilestream.store.ingest import ingest_photograph
 from tilestream.store.labels import read_labels, write_labels
 from tilestream.store.layout import create_store
 from tilestream.store.reader import Store
 from tilestream.store.sources import Source, find_photographs, stored_id
+
+if TYPE_CHECKING:
+    from tilestream.store.dataset import open_dataset
 
 __all__ = [
     "Source",
@@ -22,3 +26,12 @@ __all__ = [
     "stored_id",
     "write_labels",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """xarray and dask.array take over a second to import, so only `open_dataset` does it."""
+    if name == "open_dataset":
+        from tilestream.store.dataset import open_dataset
+
+        return open_dataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
