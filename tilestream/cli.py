@@ -37,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     console = Console(stderr=True, soft_wrap=True)
     try:
-        app([word for word in words if word != "--debug"], prog_name="tilestream", standalone_mode=False)
-        status = 0
+        outcome = app([word for word in words if word != "--debug"], prog_name="tilestream", standalone_mode=False)
+        status = outcome if isinstance(outcome, int) else 0  # typer returns the status of what has left early
+        if status == 130:  # Ctrl-C, which typer has caught
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         console.print("tilestream: interrupted; --resume continues", highlight=False)
         status = 130
@@ -70,7 +72,8 @@ def options(model: type[BaseModel], hide: frozenset[str] = frozenset()) -> list[
         if name in hide:
             continue
         flag = f"--{name.replace('_', '-')}"
-        quiet = field.is_required() or field.default_factory or field.default in (None, "")
+        said = "(default" in str(field.description)
+        quiet = said or field.is_required() or field.default_factory or field.default in (None, "")
         choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
         among = f" ({', '.join(map(str, choices))})" if choices else ""
         text = f"{field.description or ''}{among}" + ("" if quiet else f" (default: {field.default})")
@@ -91,14 +94,17 @@ def configured(model: type[BaseModel], values: dict[str, Any]) -> Any:
             continue
         kind = str(model.model_fields[name].annotation)
         compound = any(word in kind for word in ("list[", "dict[", "tuple["))
-        given[name] = _compound(value) if compound else value
+        given[name] = _compound(name, value) if compound else value
     return stages.parse(model, given)  # type: ignore[arg-type]
 
 
-def _compound(text: str) -> Any:
+def _compound(name: str, text: str) -> Any:
     """`a,b` as a list, or YAML."""
-    value = yaml.safe_load(text)
-    return [yaml.safe_load(part) for part in text.split(",")] if isinstance(value, str | int | float) else value
+    try:
+        value = yaml.safe_load(text)
+        return [yaml.safe_load(part) for part in text.split(",")] if isinstance(value, str | int | float) else value
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}={text!r} is not YAML: {error}") from None
 
 
 def with_options(
@@ -121,6 +127,7 @@ def with_options(
     return decorate
 
 
+Models = Annotated[Path | None, typer.Option(help="folder with the models of an old run (RUN/models)")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="continue a killed run; finished photographs are not done again")
 ]
@@ -131,7 +138,7 @@ def _stage_command(verb: str) -> None:
 
     @with_options(stage.config, ClusterConfig)
     def command(
-        store: StorePath, run: Run, resume: Resume = False, models: Path | None = None, *, values: dict[str, Any]
+        store: StorePath, run: Run, resume: Resume = False, models: Models = None, *, values: dict[str, Any]
     ) -> None:
         config, cluster = configured(stage.config, values), configured(ClusterConfig, values)
         with Context(run, store, cluster, models, resume) as context:
@@ -203,7 +210,7 @@ def run_command(
     ],
     out: Annotated[Path, typer.Option(help="the run's folder")],
     store: Annotated[Path | None, typer.Option(help="the data set")] = None,
-    models: Annotated[Path | None, typer.Option(help="folder with the models of an old run (RUN/models)")] = None,
+    models: Models = None,
     set_: Settings = None,
     resume: Resume = False,
     *,

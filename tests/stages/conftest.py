@@ -26,16 +26,16 @@ STAGES: dict[str, dict[str, Any]] = {
     "train_crops": {
         "stage": "train", "examples": "crops", "model": "crops", "epochs": 2, "batch_size": 4, "parameters": NET,
     },
-    "saliency": {"tile_px": 192, "write": True},
-    "crops": {"size_px": 64},
+    "saliency": {"tile_px": 256, "write": True},
+    "crops": {"size_px": 96},
     "predict": {},
     "evaluate": {"split": "test"},
     "report": {"title": "A small run"},
 }  # fmt: skip
 NEW = {
     "preprocess": {"model": "first"},
-    "saliency": {"tile_px": 192},
-    "crops": {"size_px": 64},
+    "saliency": {"tile_px": 256},
+    "crops": {"size_px": 96},
     "predict": {"decision": "stored"},
 }
 """What new photographs go through: no training, so that runs can be compared byte for byte."""
@@ -62,9 +62,7 @@ Go = Callable[..., str]
 def go(address: str) -> Go:
     """go(pipeline, run, ...): runs a pipeline on the tests' cluster, returns what it said."""
 
-    def run(
-        pipeline: Path, run: Path, settings: Sequence[str] = (), store: Path | None = None, **options: Any
-    ) -> str:
+    def run(pipeline: Path, run: Path, settings: Sequence[str] = (), store: Path | None = None, **options: Any) -> str:
         torch.set_num_threads(1)
         loaded = load(pipeline, settings)
         place = store or (run / loaded.store if loaded.store else None)

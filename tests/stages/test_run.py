@@ -28,7 +28,7 @@ def whole_map(net, image, target=1):
     image = image[None].clone().requires_grad_()
     logits = net(image)
     (gradient,) = torch.autograd.grad(logits[0, target], image)
-    return gradient[0].mean(dim=0).numpy(), float(torch.softmax(logits, 1)[0, target])
+    return gradient[0].mean(dim=0).numpy(), float(torch.softmax(logits.detach(), 1)[0, target])
 
 
 def test_centres_equal_plain_pytorch_on_whole_photographs(made):
@@ -36,9 +36,10 @@ def test_centres_equal_plain_pytorch_on_whole_photographs(made):
     net, average = model.net.double(), model.preprocessing["average"]
     centres = pd.read_parquet(made.run / "centres.parquet")
     assert list(centres["id"]) == made.store.ids
-    same = 0
+    same, distances = 0, []
     for row in centres.itertuples():
-        saliency, probability = whole_map(net, normalised(made, row.id, average))
+        image = normalised(made, row.id, average)
+        saliency, probability = whole_map(net, image)
         height, width = saliency.shape
         y, x = np.mgrid[:height, :width]
         inside = (y > 0.1 * height) & (y < height - 0.1 * height) & (x > 0.1 * width) & (x < width - 0.1 * width)
@@ -49,26 +50,44 @@ def test_centres_equal_plain_pytorch_on_whole_photographs(made):
         same += (row.y_px, row.x_px) == np.unravel_index(np.argmax(allowed), allowed.shape)
         assert row.probability == pytest.approx(probability, abs=1e-5)
         written = np.asarray(zarr.open_array(made.run / "saliency.zarr" / row.id, mode="r")[:])
-        distance = np.linalg.norm(written - saliency) / np.linalg.norm(saliency)
-        assert distance < 1e-2
+        distances.append(np.linalg.norm(written - saliency) / np.linalg.norm(saliency))
     assert same >= len(centres) - 1
+    # float32 flips a ReLU or a pooling winner in some photographs, in PyTorch too; a wrong halo errs by 0.1 and more
+    assert max(distances) < 0.05
+    assert np.median(distances) < 1e-3
 
 
 def test_crops_are_the_photographs_pixels(made):
     table, centres = pd.read_parquet(made.run / "crops.parquet"), pd.read_parquet(made.run / "centres.parquet")
     crops = zarr.open_group(made.run / "crops.zarr", mode="r")
-    assert crops["image"].shape == (12, 3, 64, 64)
+    assert crops["image"].shape == (12, 3, 96, 96)
     assert crops["image"].dtype == np.uint8
     shifted = 0
     for row, centre in zip(table.itertuples(), centres.itertuples(), strict=True):
         assert row.id == centre.id
-        y0, x0 = min(max(centre.y_px - 32, 0), 301 - 64), min(max(centre.x_px - 32, 0), 397 - 64)
+        y0, x0 = min(max(centre.y_px - 48, 0), 301 - 96), min(max(centre.x_px - 48, 0), 397 - 96)
         assert (row.y0_px, row.x0_px) == (y0, x0)
-        shifted += (y0, x0) != (centre.y_px - 32, centre.x_px - 32)
+        shifted += (y0, x0) != (centre.y_px - 48, centre.x_px - 48)
         photograph = np.asarray(Image.open(made.run / "photographs" / f"{row.id}.jpeg")).transpose(2, 0, 1)
-        np.testing.assert_array_equal(crops["image"][row.position], photograph[:, y0 : y0 + 64, x0 : x0 + 64])
+        np.testing.assert_array_equal(crops["image"][row.position], photograph[:, y0 : y0 + 96, x0 : x0 + 96])
     assert shifted  # one lay at the border at least, else nothing was tested
     assert crops.attrs["ids"] == list(table["id"])
+
+
+def test_centres_on_the_square_are_mapped_to_the_photograph(made):
+    """Position i of the square means (i + 1/2) H / 64 - 1/2; rows and columns have scales of their own."""
+    model = load_model(made.models / "first.safetensors")
+    net, average = model.net.double(), model.preprocessing["average"].double()
+    for row in pd.read_parquet(made.run / "saliency_square.parquet").itertuples():
+        square = np.asarray(made.store.square(row.id)[:]).reshape(3, 64, 16, 64, 16).mean(axis=(2, 4))
+        values = torch.from_numpy(np.rint(square)) - average
+        saliency, _ = whole_map(net, (values - values.min()) / (values.max() - values.min()))
+        inside = np.full_like(saliency, -np.inf)
+        inside[7:58, 7:58] = saliency[7:58, 7:58]  # 6.4 < i < 57.6
+        y, x = np.unravel_index(np.argmax(inside), inside.shape)
+        assert abs(row.y_px - ((y + 0.5) * 301 / 64 - 0.5)) <= 0.5
+        assert abs(row.x_px - ((x + 0.5) * 397 / 64 - 0.5)) <= 0.5
+        assert row.value == pytest.approx(inside[y, x], rel=1e-2)
 
 
 def test_training_crops_leave_the_test_split_out(made):
@@ -105,7 +124,7 @@ def test_predictions_equal_plain_pytorch_on_the_crop(made):
     crops = pd.read_parquet(made.run / "crops.parquet").set_index("id")
     for row in pd.read_parquet(made.run / "predictions.parquet").itertuples():
         y0, x0 = crops.loc[row.id, ["y0_px", "x0_px"]]
-        crop = normalised(made, row.id, average)[None, :, y0 : y0 + 64, x0 : x0 + 64]
+        crop = normalised(made, row.id, average)[None, :, y0 : y0 + 96, x0 : x0 + 96]
         with torch.no_grad():
             probability = float(torch.softmax(net(crop), 1)[0, 1])
         assert row.probability == pytest.approx(probability, abs=1e-5)

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _M_MMAP_THRESHOLD = -3
 _THRESHOLD_BYTES = 2**20
 
@@ -13,7 +14,11 @@ def return_freed_memory() -> None:
     By default glibc raises that limit to 32 MiB as it goes and keeps freed buffers in fragments: measured at twice the
     live tensors for tiles of half a gigabyte, at the same speed. Other C libraries return large buffers by themselves.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
+    if _LIBC is not None and hasattr(_LIBC, "mallopt"):
+        _LIBC.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
+
+
+def trim() -> None:
+    """Returns freed pages between the smaller buffers as well; under a millisecond unless there is much to return."""
+    if _LIBC is not None and hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)

@@ -13,11 +13,14 @@ from pydantic import ByteSize, TypeAdapter
 
 from tilestream.geometry import Extent, Region, Tile, TilePlan, tile_regions
 
+from .operations import Convolution
 from .tile import extents
 from .trace import Network
 
 SLACK, CUT_SLACK, FIXED_BYTES = 1.05, 1.4, 32 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, in tiles the copies of crops. Measured."""
+KERNEL_BYTES, KERNELS = 96 * 2**10, 1024
+"""oneDNN keeps a compiled kernel for every shape that a convolution met, up to that many. Measured."""
 
 Lines = dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 """Along one axis, for every value: where the interval starts and stops that each tile needs."""
@@ -47,6 +50,16 @@ def plan(
 
 
 @dataclass(frozen=True)
+class _Lengths:
+    """Along one axis, for every value: the length that all tiles need together and the longest of them."""
+
+    total: dict[str, int]
+    longest: dict[str, int]
+    kinds: int
+    """How many tiles differ from the one before."""
+
+
+@dataclass(frozen=True)
 class _Cut:
     """Tile size on the last map, with its price."""
 
@@ -69,7 +82,8 @@ class _Planner:
         self.stride = strides[self.maps[0]]
         self.itemsize = torch.empty((), dtype=network.dtype).element_size()
         self._flops = [(n.name, n.operation.flops(n.channels)) for n in network.nodes]
-        self._known: dict[tuple[int, int], tuple[dict[str, int], dict[str, int]]] = {}
+        self._convolutions = sum(isinstance(n.operation, Convolution) for n in network.nodes)
+        self._known: dict[tuple[int, int], _Lengths] = {}
 
     def plan(self, memory: int | None, tile: int | None) -> TilePlan:
         if tile is not None:
@@ -113,26 +127,31 @@ class _Planner:
                 lines[name] = lo, hi
         return lines
 
-    def _lengths(self, axis: int, size: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Along one axis, for every value: the length that all tiles need together, and the longest of them."""
+    def _lengths(self, axis: int, size: int) -> _Lengths:
         if (axis, size) not in self._known:
             lengths = {name: hi - lo for name, (lo, hi) in self._intervals(axis, size).items()}
-            totals = {name: int(values.sum()) for name, values in lengths.items()}
-            self._known[axis, size] = totals, {name: int(values.max()) for name, values in lengths.items()}
+            changes = np.any([np.diff(values) != 0 for values in lengths.values()], axis=0)
+            self._known[axis, size] = _Lengths(
+                {name: int(values.sum()) for name, values in lengths.items()},
+                {name: int(values.max()) for name, values in lengths.items()},
+                1 + int(changes.sum()),
+            )
         return self._known[axis, size]
 
     def _price(self, height: int, widths: list[int]) -> list[_Cut]:
         """Prices of tiles of `height` with each of `widths`, on the last map; one walk for a whole row of them."""
-        total, most = self._lengths(0, height)
-        columns = [self._lengths(1, width) for width in widths]
-        lines = {name: np.array([longest[name] for _, longest in columns]) for name in most}
-        tile_bytes = self._tile_bytes({name: most[name] * lines[name] for name in most})
+        row, columns = self._lengths(0, height), [self._lengths(1, width) for width in widths]
+        longest = {name: np.array([column.longest[name] for column in columns]) for name in row.longest}
+        tensors = self._tile_bytes({name: longest[name] * length for name, length in row.longest.items()})
+        result = self._result_bytes(height, row.longest[self.network.image])
         cuts = []
-        for (totals, _), width, size in zip(columns, widths, tile_bytes, strict=True):
+        for column, width, size in zip(columns, widths, tensors.tolist(), strict=True):
             # the input gradient costs what the forward pass costs
-            flops = sum(2 * cost * total[name] * totals[name] for name, cost in self._flops)
-            live = int(size * (SLACK if (height, width) == self.map else CUT_SLACK)) + FIXED_BYTES
-            cuts.append(_Cut((height, width), live, live + self._result_bytes(height, most[self.network.image]), flops))
+            flops = sum(2 * cost * row.total[name] * column.total[name] for name, cost in self._flops)
+            kernels = min(2 * self._convolutions * row.kinds * column.kinds, KERNELS)
+            slack = SLACK if (height, width) == self.map else CUT_SLACK
+            tile_bytes = int(size * slack) + FIXED_BYTES + kernels * KERNEL_BYTES
+            cuts.append(_Cut((height, width), tile_bytes, tile_bytes + result, flops))
         return cuts
 
     def _result_bytes(self, height: int, window: int) -> int:

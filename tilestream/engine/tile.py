@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tilestream.geometry import Extent, Region, Tile
 
+from .allocator import trim
 from .trace import Network
 
 Array = npt.NDArray[Any]
@@ -104,6 +105,7 @@ class TileRunner:
         return partials, result[0].contiguous().cpu().numpy()
 
     def _read(self, source: Source, window: Region) -> Tensor:
+        trim()  # what the tile before left behind
         block = source[:, window.y0 : window.y1, window.x0 : window.x1]
         x = block if isinstance(block, Tensor) else torch.tensor(np.asarray(block))
         x = x.detach().to(self.network.device, self.network.dtype)[None]

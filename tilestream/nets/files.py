@@ -36,7 +36,8 @@ def build(architecture: str, parameters: Mapping[str, Any] | None = None) -> nn.
     try:
         factory = getattr(importlib.import_module(module_name or __package__ or ""), name, None)
     except ImportError as error:
-        raise ValueError(f"net={architecture!r}: {error}") from error
+        hint = "" if not module_name else "; its folder must be on PYTHONPATH, on every worker too"
+        raise ValueError(f"net={architecture!r}: {error}{hint}") from error
     if not callable(factory) or (not module_name and not (name.startswith("resnet") or name == "ResidualNet")):
         known = "ResidualNet, resnet18, resnet34, resnet50 or package.module:factory"
         raise ValueError(f"net={architecture!r} is not known; use {known}")
@@ -83,14 +84,7 @@ def load_model(
 
     Raises FileNotFoundError, or ValueError for a file that is no model or does not fit the architecture.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"model file {os.fspath(path)!r} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"model file {os.fspath(path)!r} is not a safetensors file: {error}") from error
+    metadata, state = _read(path)
     architecture = architecture or metadata.get("architecture")
     if architecture is None:
         raise ValueError(
@@ -103,16 +97,34 @@ def load_model(
     floats = {t.dtype for t in state.values() if t.is_floating_point()}
     if len(floats) == 1:
         net.to(floats.pop())
+    _fill(net, state, path, architecture)
+    return Model(net.eval(), architecture, kwargs, preprocessing)
+
+
+def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Fills `net` with the weights of a model file or any safetensors state dict of the same network.
+
+    Raises FileNotFoundError, or ValueError for a file that is none or does not fit.
+    """
+    _, state = _read(path)
+    _fill(net, {key: v for key, v in state.items() if not key.startswith(_EXTRA)}, path, type(net).__name__)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"model file {os.fspath(path)!r} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return file.metadata() or {}, state
+    except SafetensorError as error:
+        raise ValueError(f"model file {os.fspath(path)!r} is not a safetensors file: {error}") from error
+
+
+def _fill(net: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str], architecture: str) -> None:
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"model file {os.fspath(path)!r} does not fit net={architecture!r}: {first}") from error
-    return Model(net.eval(), architecture, kwargs, preprocessing)
-
-
-def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Fills `net` with the weights of a model file or any safetensors state dict of the same network."""
-    with safe_open(path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(_EXTRA)}  # noqa: SIM118
-    net.load_state_dict(state)

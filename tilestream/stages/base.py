@@ -37,7 +37,7 @@ class ClusterConfig(StageConfig):
         None, ge=1, description="worker processes (default: one a core); to join: how many to wait for"
     )
     threads: int | None = Field(None, ge=1, description="torch threads a worker (default: cores / workers)")
-    memory: ByteSize = Field(ByteSize(2 * 2**30), description="budget of a tile task, like 2GiB")
+    memory: ByteSize = Field(ByteSize(2 * 2**30), description="budget of a tile task, like 800MiB (default: 2GiB)")
 
     @property
     def worker_count(self) -> int:
@@ -64,6 +64,12 @@ class Context:
     _stack: ExitStack = field(default_factory=ExitStack)
     _client: Client | None = None
 
+    def __post_init__(self) -> None:
+        """Absolute paths: workers of a cluster that is joined were started in folders of their own."""
+        self.run = self.run.absolute()
+        self.store_path = self.store_path and self.store_path.absolute()
+        self.models = self.models and self.models.absolute()
+
     @property
     def store(self) -> Store:
         if self.store_path is None:
@@ -85,7 +91,7 @@ class Context:
                 )
             )
             workers = len(self._client.scheduler_info(n_workers=-1)["workers"])
-            self.say(f"cluster: {workers} workers, dashboard {dashboard_link(self._client)}")
+            self.say(f"cluster: {workers} worker{'s' * (workers != 1)}, dashboard {dashboard_link(self._client)}")
         return self._client
 
     def say(self, line: str) -> None:
@@ -98,7 +104,6 @@ class Context:
         return self.run / "journal" / f"{self.name}.partial"
 
     def __enter__(self) -> Context:
-        self.run.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, *error: object) -> None:

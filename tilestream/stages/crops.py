@@ -54,7 +54,8 @@ def run(config: CropsConfig, context: Context) -> None:
         raise ValueError("no photograph to crop: none is selected and has a centre")
     partial = context.partial_path / "crops.zarr"
     journal = Journal(context.partial_path / "crops.jsonl")
-    if not partial.exists():
+    if not (partial / "image" / "zarr.json").exists():
+        journal.path.unlink(missing_ok=True)  # it speaks of crops that a killed run had moved to their place already
         _create(partial, len(table), config.size_px)
     done = set(journal.read())
     todo = [id for id in table["id"] if id not in done]
@@ -128,7 +129,7 @@ def one(store: str, id: str, path: str, position: int, y0: int, x0: int, size_px
 
 
 def _create(path: Path, count: int, size_px: int) -> None:
-    zarr.create_group(path).create_array(
+    zarr.create_group(path, overwrite=True).create_array(
         "image",
         shape=(count, 3, size_px, size_px),
         chunks=(1, 3, size_px, size_px),

@@ -77,7 +77,7 @@ def one(store: str, source: Any) -> dict[str, Any]:
 def located(path: Path, context: Context) -> Path:
     """A path as it is, or below the run's folder where it is not there but lies in the run."""
     inside = context.run / path
-    return inside if not path.is_absolute() and not path.exists() and inside.exists() else path
+    return inside if not path.exists() and inside.exists() else path.absolute()
 
 
 def reads(config: IngestConfig, context: Context) -> Iterable[Path]:

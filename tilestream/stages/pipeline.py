@@ -56,7 +56,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Pipeline:
         if key not in KEYS:
             raise ValueError(f"{key} is not known in a pipeline; {nearest(str(key), KEYS)}")
     steps = tuple(_step(name, values) for name, values in raw["stages"].items())
-    store, models = (Path(raw[key]) if raw.get(key) else None for key in ("store", "models"))
+    store, models = (Path(str(raw[key])) if raw.get(key) else None for key in ("store", "models"))
     return Pipeline(steps, str(raw.get("description", "")), store, models)
 
 
@@ -94,13 +94,21 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ValueError(f"--set {setting!r} must look like stage.key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {setting!r}: the value is not YAML: {' '.join(str(error).split())}") from None
     if len(keys) == 1:
-        raw[keys[0]] = yaml.safe_load(value)
+        if keys[0] not in ("store", "models"):
+            raise ValueError(f"--set {setting!r} must look like stage.key=value, store=PATH or models=PATH")
+        raw[keys[0]] = parsed
         return
-    stages = raw["stages"]
-    if keys[0] not in stages:
-        raise ValueError(f"--set {setting!r}: this pipeline has no stage {keys[0]!r}; {nearest(keys[0], stages)}")
-    target = stages[keys[0]] = stages[keys[0]] or {}
-    for key in keys[1:-1]:
-        target = target.setdefault(key, {})
-    target[keys[-1]] = yaml.safe_load(value)
+    target = raw["stages"]
+    if keys[0] not in target:
+        raise ValueError(f"--set {setting!r}: this pipeline has no stage {keys[0]!r}; {nearest(keys[0], target)}")
+    for key in keys[:-1]:
+        target[key] = {} if target.get(key) is None else target[key]
+        target = target[key]
+        if not isinstance(target, dict):
+            raise ValueError(f"--set {setting!r}: {key}={target!r} has no settings of its own")
+    target[keys[-1]] = parsed

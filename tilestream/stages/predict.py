@@ -19,7 +19,7 @@ from .base import Context, Stage, StageConfig, write_json
 from .crops import crops_path, read_crops, table_path
 from .examples import Crops, Squares
 from .models import locate, read_model
-from .preprocess import average_of
+from .preprocess import average_of, ensure_extremes
 from .split import chosen, path_of, write_table
 
 
@@ -76,9 +76,10 @@ def _crop_scores(config: PredictConfig, context: Context) -> pd.Series:
     assert config.crops is not None
     crops = read_crops(context, config.crops)
     model = read_model(context, config.model)
-    examples = Crops(
-        crops_path(context, config.crops), crops, [0] * len(crops), average_of(model.preprocessing, config.model)
-    )
+    average = average_of(model.preprocessing, config.model)
+    known = ensure_extremes(context, average, list(crops["id"]))  # the model's, whatever average the crops were cut by
+    crops = crops.assign(low=[known[id].low for id in crops["id"]], high=[known[id].high for id in crops["id"]])
+    examples = Crops(crops_path(context, config.crops), crops, [0] * len(crops), average)
     return pd.Series(_unhealthy(model.net, examples, config.batch_size), index=crops["id"])
 
 

@@ -14,7 +14,7 @@ import zarr
 from pydantic import Field
 
 from tilestream.cluster import Job
-from tilestream.engine import plan, trace
+from tilestream.engine import SaliencyPass, plan, trace
 from tilestream.geometry import TilePlan
 from tilestream.store.layout import encode_id
 
@@ -57,9 +57,13 @@ def run(config: SaliencyConfig, context: Context) -> None:
     average = model.preprocessing.get("average")
     extents = {row.id: (int(row.height), int(row.width)) for row in samples.itertuples()}
     files = _Plans(config, context, model.net)
-    for extent in sorted(set(extents.values())):  # before any work: a budget that is too small is said at once
+    if config.resolution == "square" and average is None:
+        raise ValueError(f"model={config.model!r} carries no square to squash to; use resolution=full")
+    for extent in sorted(set(extents.values())):  # before any work: a small budget, an unknown target are said at once
         if config.resolution == "full":
-            files.path(extent)
+            work = SaliencyPass(files.network, tasks.read_plan(files.path(extent)), target=config.target)
+            if work.one_sweep:
+                work.upstream()
     known = {}
     if average is not None and config.resolution == "full":
         known = ensure_extremes(context, np.asarray(average, np.float32), list(samples["id"]))
@@ -82,9 +86,8 @@ def run(config: SaliencyConfig, context: Context) -> None:
     def make(id: str) -> Job:
         size = extents[id][0] * extents[id][1] / 1e6
         if config.resolution == "square":
-            if average is None:
-                raise ValueError(f"model={config.model!r} carries no square to squash to; use resolution=full")
-            return Job.call(id, tasks.squashed, tasks.Task(id=id, plan="", **common), int(average.shape[-1]), size=size)
+            side = int(model.preprocessing["average"].shape[-1])
+            return Job.call(id, tasks.squashed, tasks.Task(id=id, plan="", **common), side, size=size)
         target = _create_map(context, id, files, extents[id]) if config.write else None
         task = tasks.Task(id=id, plan=files.path(extents[id]), extremes=known.get(id), write=target, **common)
         return Job(id, tasks.reduction(task), size=size)

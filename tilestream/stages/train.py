@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +68,6 @@ def run(config: TrainConfig, context: Context) -> None:
         parameters=parameters,
         preprocessing={"examples": config.examples, "size_px": average.shape[-1], "average": torch.from_numpy(average)},
     )
-    shutil.rmtree(context.partial_path / "checkpoint")
 
 
 def examples(config: TrainConfig, context: Context, split: str) -> Examples:
