@@ -184,7 +184,9 @@ def test_sources_of_every_kind_give_the_same(tmp_path, small_resnet18):
     mapped.flags.writeable = False
     streamed = stream(net, tile=32)
     expected = streamed.saliency(image).numpy()
-    for source in (stored, mapped, torch.from_numpy(image), torch.from_numpy(image)[None], image.astype(np.float32)):
+    tensors = (torch.from_numpy(image), torch.from_numpy(image)[None])
+    turned = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
+    for source in (stored, mapped, *tensors, image.astype(np.float32), image.astype(">f4"), turned):
         np.testing.assert_array_equal(streamed.saliency(source).numpy(), expected)
 
 
@@ -201,6 +203,10 @@ def test_new_weights_are_seen(small_resnet18):
         net.conv1.weight.mul_(2)
     assert not torch.equal(streamed(image), before)
     torch.testing.assert_close(streamed(image), net(image[None]).detach(), rtol=0, atol=1e-12)
+    for _ in range(20):  # old storage is free for new weights to take its address
+        for _ in range(3):
+            net.fc.weight.data = net.fc.weight.data * 0.9
+        torch.testing.assert_close(streamed(image), net(image[None]).detach(), rtol=0, atol=1e-12)
     net.train()
     with pytest.raises(ValueError, match="train mode"):
         streamed(image)

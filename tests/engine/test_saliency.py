@@ -74,6 +74,8 @@ def test_bad_arguments_name_what_would_do():
         streamed.saliency(image[:1])
     with pytest.raises(ValueError, match="must be"):
         streamed.saliency(torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ValueError, match="holds no image"):
+        streamed(torch.zeros(0, 3, 32, 32))
 
 
 def test_progress_counts_every_tile():

@@ -70,6 +70,38 @@ def test_functions_are_refused_by_name():
     refused(lambda self, x, y: head(self, self.conv(x)), "takes 2 inputs")
 
 
+def test_results_that_are_no_logits_are_refused():
+    refused(
+        lambda self, x: (self.fc(self.pool(self.conv(x)).flatten(1)), 1),
+        r"Net\.forward gives tuple; it must give logits",
+    )
+    refused(lambda self, x: self.fc(self.pool(self.conv(x)).flatten(1))[0], r"gives \(2,\); it must give logits")
+
+
+def test_hooks_are_refused():
+    net = resnet18().eval()
+    handle = net.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match=r"^layer1\.0\.conv1: Conv2d: has hooks"):
+        trace(net)
+    handle.remove()
+    net.avgpool.register_full_backward_hook(lambda module, inputs, outputs: None)
+    with pytest.raises(ValueError, match="^avgpool: AdaptiveAvgPool2d: has hooks"):
+        trace(net)
+    head = net_with(nn.ReLU())
+    assert trace(head).head_is_linear
+    head[4].register_forward_hook(lambda module, inputs, output: output**2)
+    assert not trace(head).head_is_linear
+
+
+def test_dtypes_that_cannot_be_streamed_are_refused():
+    with pytest.raises(ValueError, match=r"parameters are torch\.bfloat16; call net\.float\(\)"):
+        trace(resnet18().eval().bfloat16())
+    net = resnet18().eval()
+    net.fc.double()
+    with pytest.raises(ValueError, match=r"parameters are torch\.float32, torch\.float64"):
+        trace(net)
+
+
 def test_train_mode_is_refused_even_in_a_part():
     with pytest.raises(ValueError, match=r"train mode at \(root\)"):
         trace(resnet18())

@@ -130,6 +130,22 @@ def test_plan_survives_json_and_knows_its_routes():
     assert "1 x 2 tiles of 4 x 4 px, halo 2 px" in str(p)
 
 
+interval = st.tuples(st.integers(0, 9), st.integers(0, 4)).map(lambda v: (v[0], sum(v)))
+
+
+@given(*(st.lists(st.tuples(interval, interval), min_size=1, max_size=5) for _ in range(2)))
+def test_routes_are_the_windows_that_touch_a_cell(rows, columns):
+    boxes = [((y, x), Region(*rows[y][0], *columns[x][0]), Region(*rows[y][1], *columns[x][1]))
+             for y in range(len(rows)) for x in range(len(columns))]  # fmt: skip
+    tiles = [Tile(i, Region(y, y + 1, x, x + 1), window, cell) for i, ((y, x), window, cell) in enumerate(boxes)]
+    p = TilePlan((20, 20), (len(rows), len(columns)), (1, 1), (1, 1), tuple(tiles), 0, 0, 0, 0)
+    touch = {(a.index, b.index) for a in tiles for b in tiles if not a.cell.intersect(b.window).empty}
+    assert {(cell, tile) for cell, readers in p.routes.items() for tile in readers} == touch
+    assert {(cell, tile) for tile, cells in p.targets.items() for cell in cells} == touch
+    assert set(p.routes) == {t.index for t in tiles if not t.cell.empty}
+    assert all(list(v) == sorted(v) for v in [*p.routes.values(), *p.targets.values()])
+
+
 @pytest.mark.parametrize("module", [region, window, plan], ids=lambda m: m.__name__)
 def test_doctests(module):
     result = doctest.testmod(module)

@@ -17,7 +17,7 @@ from .operations import Convolution
 from .tile import extents
 from .trace import Network
 
-SLACK, CUT_SLACK, FIXED_BYTES = 1.05, 1.4, 32 * 2**20
+SLACK, CUT_SLACK, FIXED_BYTES = 1.05, 1.35, 32 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, in tiles the copies of crops. Measured."""
 KERNEL_BYTES, KERNELS = 96 * 2**10, 1024
 """oneDNN keeps a compiled kernel for every shape that a convolution met, up to that many. Measured."""

@@ -150,7 +150,7 @@ class SaliencyPass:
     def _zeros(self, index: int) -> Array:
         channels = 1 if self.reduce == "mean" else self.network.channels
         shape = (channels, *self.plan.tiles[index].cell.shape)
-        return np.zeros(shape, torch.empty((), dtype=self.network.dtype).numpy().dtype)
+        return np.zeros(shape, self.runner.dtype)
 
     def _add(self, total: Array, index: int, piece: tuple[Region, Array]) -> None:
         region, values = piece

@@ -48,6 +48,7 @@ class Streamed:
         stamp = [(t.data_ptr(), t._version, t.dtype, t.device) for t in state], [m.training for m in self.net.modules()]
         if stamp != self._stamp:
             self._network, self._stamp = trace(self.net), stamp
+            self._held = [t.detach() for t in state]  # or new weights could get the addresses of old ones
         return self._network
 
     def plan(self, shape: Sequence[int], *, reduce: Reduce | None = "mean") -> TilePlan:
@@ -68,6 +69,8 @@ class Streamed:
     def __call__(self, image: Source) -> Tensor:
         """Logits, (N, num_classes), equal to `net(image)`; `image` is (C, H, W) or (N, C, H, W), cast, not scaled."""
         images = [image] if len(image.shape) == 3 else [_Item(image, i) for i in range(image.shape[0])]
+        if not images:
+            raise ValueError(f"image.shape={tuple(image.shape)} holds no image; give at least one")
         return torch.cat([self._forward(each) for each in images])
 
     def saliency(

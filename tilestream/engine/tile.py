@@ -75,6 +75,7 @@ class TileRunner:
         self.network = network
         self.extents = extents(network, image)
         self.users = network.users()
+        self.dtype = torch.empty((), dtype=network.dtype).numpy().dtype
 
     def forward(self, source: Source, tile: Tile) -> tuple[Partial, ...]:
         """This tile's share of every pooling."""
@@ -107,7 +108,7 @@ class TileRunner:
     def _read(self, source: Source, window: Region) -> Tensor:
         trim()  # what the tile before left behind
         block = source[:, window.y0 : window.y1, window.x0 : window.x1]
-        x = block if isinstance(block, Tensor) else torch.tensor(np.asarray(block))
+        x = block if isinstance(block, Tensor) else torch.from_numpy(np.array(block, self.dtype))
         x = x.detach().to(self.network.device, self.network.dtype)[None]
         return x.clone(memory_format=torch.channels_last) if x.data_ptr() else x
 

@@ -130,10 +130,15 @@ def trace(net: nn.Module) -> Network:
     for path, module in net.named_modules():
         if module.training:
             raise ValueError(f"the network is in train mode at {path or '(root)'}; call net.eval() first")
+    dtypes = {p.dtype for p in net.parameters()}
+    if len(dtypes) > 1 or torch.bfloat16 in dtypes:
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"the network's parameters are {names}; call net.float() or net.double() first")
     try:
         graph = _Tracer(param_shapes_constant=True).trace(net)
     except Exception as error:  # fx raises many kinds, all of them about the user's forward code
-        raise ValueError(f"{type(net).__name__}.forward cannot be traced by torch.fx: {error}") from error
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{type(net).__name__}.forward cannot be traced by torch.fx: {why}") from error
     return _Builder(net, graph).build()
 
 

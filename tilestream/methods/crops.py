@@ -14,11 +14,15 @@ from .preprocessing import Extremes, Floats, Normalised, Pixels
 
 UNHEALTHY_FROM = 2
 """Grades 0 and 1 are healthy, 2 to 4 unhealthy."""
+HIGHEST_GRADE = 4
 
 
 def unhealthy(grades: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Two-class labels of grades 0..4: 1 from grade 2 on."""
-    return (np.asarray(grades) >= UNHEALTHY_FROM).astype(np.int64)
+    """Two-class labels of grades 0..4: 1 from grade 2 on. ValueError for another grade: -1 is not healthy."""
+    values = np.asarray(grades)
+    if (stray := values[(values < 0) | (values > HIGHEST_GRADE)]).size:
+        raise ValueError(f"grade={stray[0]} must be in [0, {HIGHEST_GRADE}]; leave the label empty where it is unknown")
+    return (values >= UNHEALTHY_FROM).astype(np.int64)
 
 
 def crop_region(extent: Extent, centre: tuple[int, int], size_px: int) -> Region:

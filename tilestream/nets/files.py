@@ -41,7 +41,10 @@ def build(architecture: str, parameters: Mapping[str, Any] | None = None) -> nn.
     if not callable(factory) or (not module_name and not (name.startswith("resnet") or name == "ResidualNet")):
         known = "ResidualNet, resnet18, resnet34, resnet50 or package.module:factory"
         raise ValueError(f"net={architecture!r} is not known; use {known}")
-    net = factory(**dict(parameters or {}))
+    try:
+        net = factory(**dict(parameters or {}))
+    except TypeError as error:
+        raise ValueError(f"net={architecture!r} does not take parameters={dict(parameters or {})}: {error}") from error
     if not isinstance(net, nn.Module):
         raise ValueError(f"net={architecture!r} made a {type(net).__name__}; it must make a torch.nn.Module")
     return net.eval()

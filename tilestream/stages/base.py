@@ -30,7 +30,7 @@ class StageConfig(BaseModel):
 
 
 class ClusterConfig(StageConfig):
-    """Where tile tasks run. None of it changes results, but for `memory`, which decides the tiles of a new run."""
+    """Where tile tasks run. It changes results by `memory` (the tiles of a new run) and `threads` (last bits) alone."""
 
     scheduler: str | None = Field(None, description="address of a running Dask scheduler (default: a local cluster)")
     workers: int | None = Field(

@@ -48,7 +48,7 @@ def columns(table: pd.DataFrame) -> dict[str, str]:
     """Which models a table of predictions holds, and the prefix of their columns."""
     if "naive_probability" in table:
         return {"naive": "naive_", "saliency": ""}
-    return {"naive": ""}
+    return {table.attrs.get("model", "naive"): ""}
 
 
 def measures(table: pd.DataFrame, prefix: str) -> dict[str, Any]:

@@ -31,9 +31,17 @@ class Squares:
 
 
 class Crops:
-    """Crops of a crops folder, normalised as their photographs are; `table` is a part of its rows."""
+    """Crops of a crops folder, normalised as their photographs are; `table` is a part of its rows.
+
+    Raises ValueError when the folder holds other crops than the table says: a kill came between the two.
+    """
 
     def __init__(self, path: Path, table: pd.DataFrame, labels: Sequence[int], average: Floats) -> None:
+        group = zarr.open_group(path, mode="r")
+        there = zip(group.attrs["ids"], group["y0_px"][:], group["x0_px"][:], strict=True)  # type: ignore[arg-type,index]
+        places = {position: place for position, place in enumerate(there)}
+        if any(places.get(row.position) != (row.id, row.y0_px, row.x0_px) for row in table.itertuples()):
+            raise ValueError(f"{path.name} is not what {path.stem}.parquet describes; run 'tilestream crops' again")
         self.crops = zarr.open_array(path / "image", mode="r")
         self.rows, self.average = list(table.itertuples()), average
         self.labels = np.asarray(labels, np.int64)

@@ -62,6 +62,11 @@ def run(config: IngestConfig, context: Context) -> None:
         f"ingest: {len(sources)} photographs = {outcomes['committed']} committed + {outcomes['skipped']} there already "
         f"+ {outcomes['quarantined']} quarantined{f' ({left})' if left else ''}"
     )
+    if conflicts := reasons["conflicting_source"]:  # labels, too, would speak of bytes that are not those stored
+        raise ValueError(
+            f"{conflicts} photographs of folder={str(folder)!r} are not those stored in {str(store)!r} under the same "
+            "names; ingest them into a new store"
+        )
     if not Store(store).ids:
         raise ValueError(
             f"no photograph of folder={str(folder)!r} could be ingested; 'tilestream info {store}' says why"

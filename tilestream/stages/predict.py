@@ -67,7 +67,9 @@ def run(config: PredictConfig, context: Context) -> None:
     if config.decision == "fit":
         write_json(decision_path(context), {n: {"value": t.value, "origin": t.origin} for n, t in thresholds.items()})
     first = ["id", "label", "probability", "decision", "grade", "split"]
-    write_table(predictions_path(context), table[[*first, *(c for c in table.columns if c not in first)]])
+    table = table[[*first, *(c for c in table.columns if c not in first)]]
+    table.attrs["model"] = next(iter(scores))  # whose columns have no prefix
+    write_table(predictions_path(context), table)
     share = table["decision"].mean()
     context.say(f"{context.name}: {len(table)} photographs, {int(table['decision'].sum())} unhealthy ({share:.0%})")
 

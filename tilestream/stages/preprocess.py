@@ -62,13 +62,19 @@ def read_average(context: Context) -> Floats:
 
 
 def ensure_extremes(context: Context, average: Floats, ids: Sequence[str]) -> dict[str, Extremes]:
-    """The extremes of these photographs: those in extremes.parquet if they belong to `average`; others are added."""
+    """The extremes of these photographs: those in extremes.parquet if they belong to `average`; others are added.
+
+    An id alone does not make a photograph: the run's folder may have seen another store, or other bytes under the id.
+    """
     path, stamp = context.run / "extremes.parquet", _stamp(average)
+    samples = context.store.samples()
+    sources = dict(zip(samples["id"], samples["source_sha256"], strict=True))
     known: dict[str, Extremes] = {}
     if path.exists():
         table = pd.read_parquet(path)
-        if table.attrs.get("average") == stamp:
-            known = {row.id: Extremes(row.low, row.high) for row in table.itertuples()}
+        if table.attrs.get("average") == stamp and "source_sha256" in table:
+            rows = table[table["source_sha256"] == table["id"].map(sources)]
+            known = {row.id: Extremes(row.low, row.high) for row in rows.itertuples()}
     journal = Journal(context.partial_path / f"extremes-{stamp[:12]}.jsonl")
     known.update({id: Extremes(r["low"], r["high"]) for id, r in journal.read().items()})
     missing = [id for id in ids if id not in known]
@@ -85,8 +91,8 @@ def ensure_extremes(context: Context, average: Floats, ids: Sequence[str]) -> di
         run_jobs(context, "extremes", missing, lambda id: Job.call(id, one, *job[id]), done)
         file.unlink()
     if missing or not path.exists():
-        rows = [{"id": id, "low": e.low, "high": e.high} for id, e in sorted(known.items())]
-        table = pd.DataFrame(rows, columns=["id", "low", "high"])
+        records = [(id, e.low, e.high, sources[id]) for id, e in sorted(known.items())]
+        table = pd.DataFrame(records, columns=["id", "low", "high", "source_sha256"])
         table.attrs["average"] = stamp
         write_table(path, table)
     return {id: known[id] for id in ids}

@@ -99,7 +99,7 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
     context.name = name
     mark = fingerprint(stage, config, context)
     record_path = context.run / "journal" / f"{name}.json"
-    if _unchanged(record_path, mark, context):
+    if _unchanged(record_path, mark, {os.path.relpath(p, context.run) for p in stage.writes(config, context)}, context):
         context.say(f"{name}: unchanged, skipped")
         return False
     partial = context.partial_path
@@ -110,7 +110,8 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
         shutil.rmtree(partial)
     resumed = partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
-    claim.write_text(mark)
+    if not resumed:  # a kill while it is written again would cost the work that it vouches for
+        claim.write_text(mark)
     context.say(f"{name}: {stage.verb}")
     with Meter() as meter:
         stage.run(config, context)
@@ -156,12 +157,15 @@ def _name(path: Path, context: Context) -> str:
     return str(path.relative_to(context.run)) if path.is_relative_to(context.run) else path.name
 
 
-def _unchanged(record_path: Path, mark: str, context: Context) -> bool:
+def _unchanged(record_path: Path, mark: str, outputs: set[str], context: Context) -> bool:
+    """Whether the last run made the same from the same, in the same places (another store is another place)."""
     if not record_path.exists():
         return False
     record = json.loads(record_path.read_text())
-    return record["fingerprint"] == mark and all(
-        digest(context.run / path) == value for path, value in record["outputs"].items()
+    return (
+        record["fingerprint"] == mark
+        and record["outputs"].keys() == outputs
+        and all(digest(context.run / path) == value for path, value in record["outputs"].items())
     )
 
 

@@ -133,22 +133,27 @@ def _cell(task: Task, logits: int, index: int, pieces: list[Any]) -> Any:
     values, cell = work.cell(index, pieces), work.plan.tiles[index].cell
     if task.write is not None:
         zarr.open_array(task.write, mode="r+")[cell.y0 : cell.y1, cell.x0 : cell.x1] = values
-    return highest(values, cell, interior(work.plan.image, task.border)), cell, overview(values)
+    return highest(values, cell, interior(work.plan.image, task.border)), cell, overview(values, cell)
 
 
 def _finish(task: Task, values: list[Any]) -> Result:
     *cells, probability = values
     extent = read_plan(task.plan).image
-    small = np.zeros(tuple(-(-n // OVERVIEW) for n in extent), np.float32)
+    small = np.full(tuple(-(-n // OVERVIEW) for n in extent), -np.inf, np.float32)
     for _, cell, block in cells:
         y, x = cell.y0 // OVERVIEW, cell.x0 // OVERVIEW
-        small[y : y + block.shape[0], x : x + block.shape[1]] = block
+        part = small[y : y + block.shape[0], x : x + block.shape[1]]
+        np.maximum(part, block, out=part)  # cells of a small stride share blocks
     return Result(highest_of([peak for peak, _, _ in cells]), probability, small)
 
 
-def overview(values: np.ndarray) -> np.ndarray:
-    """Maxima of blocks of 8 x 8 px, (ceil(h / 8), ceil(w / 8)) float32, so that a single hot pixel stays visible."""
-    starts = [np.arange(0, n, OVERVIEW) for n in values.shape]
+def overview(values: np.ndarray, cell: Region | None = None) -> np.ndarray:
+    """Maxima of the photograph's blocks of 8 x 8 px that `cell` (default: all) meets, float32: a hot pixel stays seen.
+
+    `values` (h, w) cover `cell`, whose corner need not be a block's.
+    """
+    corner = (0, 0) if cell is None else (cell.y0, cell.x0)
+    starts = [np.maximum(np.arange(-(c % OVERVIEW), n, OVERVIEW), 0) for c, n in zip(corner, values.shape, strict=True)]
     rows = np.maximum.reduceat(values, starts[0], axis=0)
     return np.maximum.reduceat(rows, starts[1], axis=1).astype(np.float32)
 
