@@ -85,7 +85,7 @@ def test_hooks_are_refused():
         trace(net)
     handle.remove()
     net.avgpool.register_full_backward_hook(lambda module, inputs, outputs: None)
-    with pytest.raises(ValueError, match="^avgpool: AdaptiveAvgPool2d: has hooks"):
+    with pytest.raises(ValueError, match=r"^avgpool: AdaptiveAvgPool2d: has hooks"):
         trace(net)
     head = net_with(nn.ReLU())
     assert trace(head).head_is_linear

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dask.system import CPU_COUNT
 from distributed import Client
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from rich.console import Console
@@ -36,16 +35,8 @@ class ClusterConfig(StageConfig):
     workers: int | None = Field(
         None, ge=1, description="worker processes (default: one a core); to join: how many to wait for"
     )
-    threads: int | None = Field(None, ge=1, description="torch threads a worker (default: cores / workers)")
+    threads: int = Field(1, ge=1, description="torch threads a worker; another number changes last bits")
     memory: ByteSize = Field(ByteSize(2 * 2**30), description="budget of a tile task, like 800MiB (default: 2GiB)")
-
-    @property
-    def worker_count(self) -> int:
-        return self.workers or CPU_COUNT
-
-    @property
-    def thread_count(self) -> int:
-        return self.threads or (1 if self.scheduler else max(1, CPU_COUNT // self.worker_count))
 
 
 @dataclass
@@ -87,7 +78,7 @@ class Context:
                 connect(
                     self.cluster.scheduler,
                     workers=self.cluster.workers,
-                    setup=[partial(set_threads, self.cluster.thread_count)],
+                    setup=[partial(set_threads, self.cluster.threads)],
                 )
             )
             workers = len(self._client.scheduler_info(n_workers=-1)["workers"])
@@ -131,6 +122,8 @@ class Stage:
     uses_store: bool = True
     operational: frozenset[str] = frozenset()
     """Fields of the configuration that do not change results."""
+    may_grow: frozenset[str] = frozenset()
+    """Fields that may change while unfinished work is kept: the epochs of a training that is resumed."""
 
 
 def parse(model: type[StageConfig], values: Mapping[str, Any], where: str = "") -> Any:

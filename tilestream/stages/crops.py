@@ -37,7 +37,9 @@ class CropsConfig(StageConfig):
         "and the grades in `unhealthy_grades`",
     )
     healthy: Literal["random", "saliency"] = Field("random", description="centres of grade 0 for select=training")
-    unhealthy_grades: list[int] = Field([3, 4], description="grades whose crops are unhealthy examples")
+    unhealthy_grades: list[int] = Field(
+        [3, 4], description="grades, from 2 on, whose crops are examples of the unhealthy class"
+    )
     border: float = Field(0.1, ge=0, lt=0.5, description="random centres obey the same border rule")
     seed: int = Field(0, ge=0, description="seed of random centres")
     splits: list[str] | None = Field(None, description="only photographs of these splits (default: all)")
@@ -85,6 +87,8 @@ def run(config: CropsConfig, context: Context) -> None:
 
 def plan_crops(config: CropsConfig, context: Context) -> pd.DataFrame:
     """Which crops, from where: a row each, in order of id."""
+    if min(config.unhealthy_grades, default=0) < 2:
+        raise ValueError(f"unhealthy_grades={config.unhealthy_grades} must be grades from 2 on; 0 and 1 are healthy")
     centres = read_table(centres_path(context, config.centres), "saliency")
     samples = chosen(context, config.splits).merge(centres[["id", "y_px", "x_px"]], on="id", how="left")
     if config.select == "training":

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tilestream.methods.metrics import auc, binary_measures, by_grade
 
-from .base import Context, Stage, StageConfig, write_json
+from .base import Context, Stage, StageConfig, digest, write_json
 from .predict import predictions_path
 from .split import read_table
 
@@ -26,7 +26,7 @@ class EvaluateConfig(StageConfig):
 def run(config: EvaluateConfig, context: Context) -> None:
     """Writes metrics.json: an object each for `naive` and `saliency`, as far as they were predicted."""
     table = selected(config.split, context)
-    metrics: dict[str, Any] = {"split": config.split}
+    metrics: dict[str, Any] = {"split": config.split, "predictions_sha256": digest(predictions_path(context))}
     for name, prefix in columns(table).items():
         metrics[name] = measures(table, prefix)
         value = metrics[name]["auc"]

@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 
 from tilestream.methods import Threshold, fit_threshold, unhealthy
+from tilestream.nets import Model
 from tilestream.training import predict
 
-from .base import Context, Stage, StageConfig, write_json
+from .base import Context, Stage, StageConfig, digest, write_json
 from .crops import crops_path, read_crops, table_path
 from .examples import Crops, Squares
 from .models import locate, read_model
@@ -78,6 +79,7 @@ def _crop_scores(config: PredictConfig, context: Context) -> pd.Series:
     assert config.crops is not None
     crops = read_crops(context, config.crops)
     model = read_model(context, config.model)
+    _same_splits(context, config.model, model)
     average = average_of(model.preprocessing, config.model)
     known = ensure_extremes(context, average, list(crops["id"]))  # the model's, whatever average the crops were cut by
     crops = crops.assign(low=[known[id].low for id in crops["id"]], high=[known[id].high for id in crops["id"]])
@@ -88,8 +90,16 @@ def _crop_scores(config: PredictConfig, context: Context) -> pd.Series:
 def _square_scores(config: PredictConfig, context: Context, ids: list[str]) -> pd.Series:
     assert config.naive is not None
     model = read_model(context, config.naive)
+    _same_splits(context, config.naive, model)
     examples = Squares(context.store, ids, [0] * len(ids), average_of(model.preprocessing, config.naive))
     return pd.Series(_unhealthy(model.net, examples, config.batch_size), index=ids)
+
+
+def _same_splits(context: Context, name: str, model: Model) -> None:
+    """Refuses a model of other splits than this run's: its training photographs may be in this run's test set."""
+    learnt = model.preprocessing.get("splits_sha256")
+    if path_of(context).exists() and learnt is not None and learnt != digest(path_of(context)):
+        raise ValueError(f"model={name!r} was trained on other splits than this run's splits.parquet; train it again")
 
 
 def _unhealthy(net: torch.nn.Module, examples: Any, batch_size: int) -> np.ndarray:

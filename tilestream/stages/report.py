@@ -20,7 +20,7 @@ from tilestream.methods import crop_region
 from tilestream.methods.metrics import AUC, roc_points
 from tilestream.report import Card, Code, Gallery, KeyFigures, Picture, Section, Table
 
-from .base import Context, Stage, StageConfig
+from .base import Context, Stage, StageConfig, digest
 from .crops import crops_path, table_path
 from .evaluate import columns, metrics_path, read_metrics, selected
 from .predict import predictions_path
@@ -35,7 +35,6 @@ class ReportConfig(StageConfig):
     title: str = Field("tilestream run", description="title of the page")
     gallery: int = Field(24, ge=0, le=100, description="photographs in the gallery, at most")
     width_px: int = Field(640, ge=64, le=2048, description="width of the pictures")
-    border: float = Field(0.1, ge=0, lt=0.5, description="border rule to draw, as the saliency stage had it")
     credit: str = Field("", description="attribution of the photographs, shown on the page")
 
 
@@ -56,8 +55,8 @@ def run(config: ReportConfig, context: Context) -> None:
 
 def _results(context: Context) -> Iterator[Section]:
     metrics = read_metrics(context)
-    if metrics is None:
-        return
+    if metrics is None or metrics["predictions_sha256"] != digest(predictions_path(context)):
+        return  # none, or of other predictions than those that are there now
     table = selected(metrics["split"], context)
     models = columns(table)
     figures = {f"AUC, {name}": _interval(metrics[name], "auc") for name in models}
@@ -141,7 +140,7 @@ def _card(config: ReportConfig, context: Context, row: pd.Series, crops: pd.Data
     id, centre = row["id"], (int(row["y_px"]), int(row["x_px"]))
     picture, extent = _small(context, id, config.width_px)
     saliency = _fit(np.load(overview_path(context, "saliency", id)), picture.shape[:2])
-    edge = interior(extent, config.border)
+    edge = interior(extent, _border(context))
     pictures = [
         Picture(report.photograph(picture), "photograph", f"photograph {id}"),
         Picture(report.overlay(picture, saliency), "saliency", f"saliency of {id}"),
@@ -170,6 +169,12 @@ def _card(config: ReportConfig, context: Context, row: pd.Series, crops: pd.Data
             facts["grade"] = str(int(row["grade"]))
             tone = "good" if row["label"] == row["decision"] else "bad"
     return Card(id, pictures, facts, tone)  # type: ignore[arg-type]
+
+
+def _border(context: Context) -> float:
+    """The border rule that the saliency stage had."""
+    record = json.loads((context.run / "journal" / "saliency.json").read_text())
+    return float(record["config"]["border"])
 
 
 def _small(context: Context, id: str, width_px: int) -> tuple[np.ndarray, tuple[int, int]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,36 +106,14 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
     if _unchanged(record_path, mark, {os.path.relpath(p, context.run) for p in stage.writes(config, context)}, context):
         context.say(f"{name}: unchanged, skipped")
         return False
-    partial = context.partial_path
-    claim = partial / "fingerprint"
-    if partial.exists() and not (context.resume and claim.exists() and claim.read_text() == mark):
-        if context.resume:
-            context.say(f"{name}: inputs or configuration changed since the unfinished run; starting afresh")
-        shutil.rmtree(partial)
-    resumed = partial.exists()
-    partial.mkdir(parents=True, exist_ok=True)
-    if not resumed:  # a kill while it is written again would cost the work that it vouches for
-        claim.write_text(mark)
-    context.say(f"{name}: {stage.verb}")
-    with Meter() as meter:
-        stage.run(config, context)
-    outputs = {os.path.relpath(p, context.run): digest(p) for p in stage.writes(config, context)}
-    write_json(
-        record_path,
-        {
-            "fingerprint": mark,
-            "stage": stage.verb,
-            "config": config.model_dump(mode="json"),
-            "outputs": outputs,
-            "versions": {
-                "torch": torch.__version__,
-                "numpy": numpy.__version__,
-                "threads": context.cluster.thread_count,
-            },
-        },
-    )
-    shutil.rmtree(partial)
-    _record_time(context.run / "timings.json", name, {**meter.record(), "resumed": resumed})
+    with locked(context.run):
+        resumed = _claim(stage, config, context)
+        context.say(f"{name}: {stage.verb}")
+        with Meter() as meter:
+            stage.run(config, context)
+        _record(record_path, mark, stage, config, context)
+        shutil.rmtree(context.partial_path)
+        _record_time(context.run / "timings.json", name, {**meter.record(), "resumed": resumed})
     peaks = f"driver {meter.driver_bytes / 2**20:.0f} MiB"
     if meter.worker_bytes:
         peaks += f", largest worker {meter.worker_bytes / 2**20:.0f} MiB"
@@ -139,11 +121,55 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
     return True
 
 
-def fingerprint(stage: Stage, config: StageConfig, context: Context) -> str:
-    """A hash of what the stage's result depends on: its settings, the files it reads, the store's photographs."""
+def _claim(stage: Stage, config: StageConfig, context: Context) -> bool:
+    """Makes the folder for unfinished work; True when a killed run's is continued."""
+    partial = context.partial_path
+    claim, mark = partial / "fingerprint", fingerprint(stage, config, context, stage.may_grow)
+    if partial.exists():
+        if context.resume and claim.exists() and claim.read_text() == mark:
+            return True
+        why = "inputs or configuration changed" if context.resume else "--resume was not given"
+        context.say(f"{context.name}: unfinished work of an earlier run is removed: {why}")
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    claim.write_text(mark)
+    return False
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keeps a second process out of a run's folder; ValueError names the holder. A holder that dies lets go."""
+    (run / "journal").mkdir(parents=True, exist_ok=True)
+    with (run / "journal" / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"run {str(run)!r} is in use by {file.read()}; wait for it or give another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _record(path: Path, mark: str, stage: Stage, config: StageConfig, context: Context) -> None:
+    versions = {"torch": torch.__version__, "numpy": numpy.__version__, "threads": context.cluster.threads}
+    outputs = {os.path.relpath(p, context.run): digest(p) for p in stage.writes(config, context)}
+    settings = config.model_dump(mode="json")
+    write_json(
+        path,
+        {"fingerprint": mark, "stage": stage.verb, "config": settings, "outputs": outputs, "versions": versions},
+    )
+
+
+def fingerprint(stage: Stage, config: StageConfig, context: Context, leave_out: frozenset[str] = frozenset()) -> str:
+    """A hash of what the stage's result depends on: settings, versions, the files it reads, the store's photographs."""
     parts: dict[str, Any] = {
         "verb": stage.verb,
-        "config": config.model_dump(mode="json", exclude=set(stage.operational)),
+        "versions": [version("tilestream"), torch.__version__],
+        "config": config.model_dump(mode="json", exclude=set(stage.operational | leave_out)),
         "reads": {_name(path, context): digest(path) for path in stage.reads(config, context)},
     }
     if stage.uses_store:

@@ -104,7 +104,7 @@ def run(config: SaliencyConfig, context: Context) -> None:
         done[id] = {**record, "probability": value.probability}
         journal.append(done[id])
 
-    if config.write and not maps_path(context).exists():
+    if config.write and not (maps_path(context) / "zarr.json").exists():
         zarr.create_group(maps_path(context))
     missing = [id for id in samples["id"] if id not in done]
     parts = None if config.resolution == "square" else sum(files.tiles(extents[id]) for id in missing)

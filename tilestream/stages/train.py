@@ -14,7 +14,7 @@ from tilestream.methods import unhealthy
 from tilestream.nets import build, load_weights, save_model
 from tilestream.training import Examples, TrainingConfig, fit
 
-from .base import Context, Stage, StageConfig, write_json
+from .base import Context, Stage, StageConfig, digest, write_json
 from .crops import read_crops
 from .examples import Crops, Squares
 from .preprocess import average_path, read_average
@@ -66,7 +66,12 @@ def run(config: TrainConfig, context: Context) -> None:
         net.cpu(),
         architecture=config.net,
         parameters=parameters,
-        preprocessing={"examples": config.examples, "size_px": average.shape[-1], "average": torch.from_numpy(average)},
+        preprocessing={
+            "examples": config.examples,
+            "size_px": average.shape[-1],
+            "average": torch.from_numpy(average),
+            "splits_sha256": digest(path_of(context)),
+        },
     )
 
 
@@ -97,7 +102,9 @@ def history_path(context: Context, name: str) -> Path:
 
 
 def reads(config: TrainConfig, context: Context) -> Iterable[Path]:
-    crops = [context.run / f"{config.crops}.zarr"] if config.examples == "crops" else []
+    crops = (
+        [context.run / f"{config.crops}{end}" for end in (".zarr", ".parquet")] if config.examples == "crops" else []
+    )
     return [path_of(context), average_path(context), *crops, *([config.init] if config.init else [])]
 
 
@@ -105,4 +112,12 @@ def writes(config: TrainConfig, context: Context) -> Iterable[Path]:
     return [model_path(config, context), history_path(context, context.name)]
 
 
-STAGE = Stage("train", TrainConfig, run, reads, writes, operational=frozenset({"loader_threads", "cache_bytes"}))
+STAGE = Stage(
+    "train",
+    TrainConfig,
+    run,
+    reads,
+    writes,
+    operational=frozenset({"loader_threads", "cache_bytes"}),
+    may_grow=frozenset({"epochs"}),
+)
