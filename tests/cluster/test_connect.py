@@ -183,7 +183,7 @@ def test_ctrl_c_ends_quietly_and_leaves_no_process(tmp_path: Path) -> None:
     children = psutil.Process(driver.pid).children(recursive=True)
     assert len(children) >= 2
     os.killpg(driver.pid, signal.SIGINT)
-    out, err = driver.communicate(timeout=20)
+    out, err = driver.communicate(timeout=120)  # seconds on a quiet machine
     assert (out, err, driver.returncode) == ("interrupted\n", "", 0)
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []

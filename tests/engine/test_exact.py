@@ -190,6 +190,19 @@ def test_sources_of_every_kind_give_the_same(tmp_path, small_resnet18):
         np.testing.assert_array_equal(streamed.saliency(source).numpy(), expected)
 
 
+@pytest.mark.parametrize("reduce", ["mean", "absmean", None])
+def test_cells_put_together_elsewhere_have_the_same_bits(reduce, small_resnet18):
+    net, image = small_resnet18.float(), torch.randn(3, 97, 130)
+    work = SaliencyPass(trace(net), plan(trace(net), (97, 130), tile=32), reduce=reduce)
+    expected = {}
+    work.run(image, lambda cell, values: expected.update({cell: values}))
+    pieces = {t.index: work.pieces(image, t, work.upstream())[1] for t in reversed(work.plan.tiles)}
+    for index, tiles in work.plan.routes.items():
+        got = work.cell(index, [pieces[tile][index] for tile in tiles])
+        np.testing.assert_array_equal(got, expected.pop(work.plan.tiles[index].cell), strict=True)
+    assert not expected
+
+
 def test_batches_go_image_by_image(small_resnet18):
     net, images = small_resnet18, torch.randn(3, 3, 65, 70, dtype=torch.float64)
     torch.testing.assert_close(stream(net, tile=32)(images), net(images).detach(), rtol=0, atol=1e-12)

@@ -137,7 +137,7 @@ def test_resume_with_another_setting_starts_afresh(made, new_pipeline, go, tmp_p
             go(new_pipeline, tmp_path, store=made.store.path, models=made.models)
     changed = ["saliency.border=0.2"]
     said = go(new_pipeline, tmp_path, changed, store=made.store.path, models=made.models, resume=True)
-    assert "starting afresh" in said
+    assert "inputs or configuration changed" in said
     assert "saliency: 12 images done, 0 failed" in said
     centres = pd.read_parquet(tmp_path / "centres.parquet")
     assert centres["y_px"].between(0.2 * 301, 0.8 * 301, inclusive="neither").all()

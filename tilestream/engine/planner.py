@@ -19,7 +19,7 @@ from .trace import Network
 
 SLACK, CUT_SLACK, FIXED_BYTES = 1.05, 1.35, 32 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, in tiles the copies of crops. Measured."""
-KERNEL_BYTES, KERNELS = 96 * 2**10, 1024
+KERNEL_BYTES, KERNELS = 104 * 2**10, 1024
 """oneDNN keeps a compiled kernel for every shape that a convolution met, up to that many. Measured."""
 
 Lines = dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
