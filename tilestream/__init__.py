@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 # PyTorch reads this once, at its first tensor, so it is set before anything of ours can make one.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-__version__ = version("tilestream")
 __all__ = ["Saliency", "Streamed", "nets", "open_dataset", "stream"]
 
 _PLACES = {"stream": "engine", "Streamed": "engine", "Saliency": "engine", "open_dataset": "store"}
@@ -33,6 +32,8 @@ def __getattr__(name: str) -> Any:
     """Imports on first use: `import tilestream` alone loads neither torch nor xarray."""
     if name == "nets":
         return import_module(".nets", __name__)
+    if name == "__version__":
+        return version("tilestream")
     if name in _PLACES:
         return getattr(import_module(f".{_PLACES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

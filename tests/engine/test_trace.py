@@ -75,6 +75,10 @@ def test_results_that_are_no_logits_are_refused():
         lambda self, x: (self.fc(self.pool(self.conv(x)).flatten(1)), 1),
         r"Net\.forward gives tuple; it must give logits",
     )
+    refused(
+        lambda self, x: (self.fc(self.pool(y := self.conv(x)).flatten(1)), y),
+        "returns a map; it must give logits alone",
+    )
     refused(lambda self, x: self.fc(self.pool(self.conv(x)).flatten(1))[0], r"gives \(2,\); it must give logits")
 
 

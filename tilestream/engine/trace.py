@@ -306,6 +306,8 @@ class _Builder:
                 copied[node] = graph.placeholder(node.name)
         for node in self.graph.nodes:
             if node.op == "output":
+                if any(n in self.trunk for n in node.all_input_nodes):
+                    raise ValueError(f"{type(self.net).__name__}.forward returns a map; it must give logits alone")
                 graph.output(fx.map_arg(node.args[0], lambda n: copied[n]))
             elif node not in copied and (node in self.head or node.op == "get_attr"):
                 copied[node] = graph.node_copy(node, lambda n: copied[n])
