@@ -171,10 +171,13 @@ def _card(config: ReportConfig, context: Context, row: pd.Series, crops: pd.Data
     return Card(id, pictures, facts, tone)  # type: ignore[arg-type]
 
 
+def _saliency_record(context: Context) -> Path:
+    return context.run / "journal" / "saliency.json"
+
+
 def _border(context: Context) -> float:
     """The border rule that the saliency stage had."""
-    record = json.loads((context.run / "journal" / "saliency.json").read_text())
-    return float(record["config"]["border"])
+    return float(json.loads(_saliency_record(context).read_text())["config"]["border"])
 
 
 def _small(context: Context, id: str, width_px: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -232,7 +235,7 @@ def report_path(context: Context) -> Path:
 
 def reads(config: ReportConfig, context: Context) -> Iterable[Path]:
     training = sorted((context.run / "training").glob("*.json"))
-    tables = [centres_path(context, "saliency"), table_path(context, "crops")]
+    tables = [centres_path(context, "saliency"), table_path(context, "crops"), _saliency_record(context)]
     return [*tables, predictions_path(context), metrics_path(context), *training]
 
 
