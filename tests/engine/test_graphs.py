@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tilestream.engine import SaliencyPass, plan, stream, trace
+from tilestream.engine.segment import Segment
 
 
 class Apply(nn.Module):
@@ -112,15 +113,10 @@ def graphs(draw):
     return Graph(modules, inputs, pooled, head).double().eval(), image[0], draw(st.sampled_from([1, 2, 3, 1000]))
 
 
-def differs(got, expected) -> bool:
-    got, expected = torch.as_tensor(got), torch.as_tensor(expected)
-    return got.shape != expected.shape or bool((got - expected).abs().max() > 1e-12 * expected.abs().max())
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(case=graphs())
-def test_any_graph_equals_the_whole(whole, case):
+def test_any_graph_equals_the_whole(whole, differs, check_gradients, case):
     net, image, outputs = case
     try:
         network = trace(net)
@@ -128,26 +124,26 @@ def test_any_graph_equals_the_whole(whole, case):
         if "has no convolution" in str(error):  # none on the way to a pooling
             return
         raise
-    stride = next((n.stride for n in network.nodes if n.name == next(iter(network.pooled.values()))[0]), (1, 1))
-    streamed = stream(net, tile=stride[0] * stride[1] * outputs)
+    y, x = Segment(network, 0, len(network.nodes)).stride([r.source for r in network.reductions.values()])
+    streamed = stream(net, tile=y * x * outputs)
     with torch.no_grad():
         logits = net(image[None].clone())
-    assert not differs(streamed(image), logits)
+        assert not differs(streamed(image), logits)
     try:
         _, gradient = whole(net, image, 1)
     except RuntimeError:  # it overwrites what plain autograd keeps, or its input
         return
-    result = streamed.saliency(image, reduce=None)
-    assert not differs(result.logits, logits)
-    assert not differs(result.numpy(), gradient)
+    check_gradients(net, image, streamed, logits, gradient)
 
 
-def both(net: nn.Module, image: torch.Tensor, tile: int, whole) -> None:
-    net.double().eval()
-    logits, gradient = whole(net, image.double(), 1)
-    result = stream(net, tile=tile).saliency(image, reduce=None)
-    assert not differs(result.logits, logits)
-    assert not differs(result.numpy(), gradient)
+@pytest.fixture
+def both(whole, check_gradients):
+    def run(net: nn.Module, image: torch.Tensor, tile: int) -> None:
+        net.double().eval()
+        logits, gradient = whole(net, image.double(), 1)
+        check_gradients(net, image.double(), stream(net, tile=tile), logits, gradient)
+
+    return run
 
 
 def graph(*steps_, pooled=(-1,), channels=4, kind="average"):
@@ -158,35 +154,33 @@ def graph(*steps_, pooled=(-1,), channels=4, kind="average"):
 
 
 @pytest.mark.parametrize("kind", ["average", "max"])
-def test_a_map_that_is_pooled_and_read_on_counts_its_halo_once(whole, kind):
+def test_a_map_that_is_pooled_and_read_on_counts_its_halo_once(both, kind):
     conv = nn.Conv2d(2, 2, 3, padding=1)
-    both(graph((conv, 0), (conv, 1), pooled=(0, 1, 2), channels=6, kind=kind), torch.randn(2, 20, 23), 4, whole)
+    both(graph((conv, 0), (conv, 1), pooled=(0, 1, 2), channels=6, kind=kind), torch.randn(2, 20, 23), 4)
 
 
 @pytest.mark.parametrize("function", [lambda x: F.relu(x, inplace=True), lambda x: operator.iadd(x, x)])
-def test_who_holds_an_overwritten_map_sees_it_change(whole, function):
+def test_who_holds_an_overwritten_map_sees_it_change(both, function):
     first = nn.Conv2d(2, 4, 3, padding=1)
     net = graph((first, 0), (nn.Identity(), 1), (function, 1), (operator.add, 1, 2), (operator.add, 4, 3))
-    both(net, torch.randn(2, 20, 23), 4, whole)
+    both(net, torch.randn(2, 20, 23), 4)
 
 
-def test_an_alias_is_not_overwritten_by_the_engine(whole):
+def test_an_alias_is_not_overwritten_by_the_engine(both):
     net = graph((nn.Conv2d(2, 4, 3), 0), (nn.Dropout(), 1), (nn.ReLU(), 1), (operator.add, 2, 3))
-    both(net, torch.randn(2, 20, 23), 4, whole)
+    both(net, torch.randn(2, 20, 23), 4)
 
 
-def test_what_autograd_keeps_is_not_overwritten(whole):
+def test_what_autograd_keeps_is_not_overwritten(both):
     twice = graph((nn.Conv2d(2, 4, 3), 0), (nn.ReLU(), 1), (nn.ReLU(), 2), (nn.ReLU(), 3))
-    both(twice, torch.randn(2, 20, 23), 4, whole)
+    both(twice, torch.randn(2, 20, 23), 4)
     pool = nn.MaxPool2d(3, 1, 1)
-    both(
-        graph((nn.Conv2d(2, 4, 3), 0), (pool, 1), (nn.ReLU(), 1), (operator.add, 2, 3)), torch.randn(2, 9, 9), 3, whole
-    )
+    both(graph((nn.Conv2d(2, 4, 3), 0), (pool, 1), (nn.ReLU(), 1), (operator.add, 2, 3)), torch.randn(2, 9, 9), 3)
 
 
-def test_pixels_that_no_output_reads_have_no_gradient(whole):
+def test_pixels_that_no_output_reads_have_no_gradient(both):
     net = graph((nn.Conv2d(2, 4, 1, stride=5, padding=1), 0))
-    both(net, torch.randn(2, 6, 16), 5, whole)
+    both(net, torch.randn(2, 6, 16), 5)
     work = SaliencyPass(trace(net), plan(trace(net), (6, 16), tile=5))
     assert work.plan.routes[4] == ()
     written = []
@@ -194,11 +188,11 @@ def test_pixels_that_no_output_reads_have_no_gradient(whole):
     assert sorted(map(str, written)) == sorted(str(tile.cell) for tile in work.plan.tiles if not tile.cell.empty)
 
 
-def test_channels_that_are_padded_or_repeated(whole):
+def test_channels_that_are_padded_or_repeated(both):
     padded = graph((lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), 0), (nn.Conv2d(5, 4, 3), 1))
-    both(padded, torch.randn(2, 9, 11), 4, whole)
+    both(padded, torch.randn(2, 9, 11), 4)
     one = graph((nn.Conv2d(2, 1, 1), 0), (nn.Conv2d(2, 4, 1), 0), (operator.add, 1, 2), kind="max")
-    both(one, torch.randn(2, 9, 11), 4, whole)
+    both(one, torch.randn(2, 9, 11), 4)
 
 
 class Heads(nn.Module):
@@ -215,8 +209,8 @@ class Heads(nn.Module):
         return self.fc(self.relu(pooled).flatten(1))
 
 
-def test_heads_may_overwrite_and_ignore(whole):
-    both(Heads(), torch.randn(2, 9, 11), 4, whole)
+def test_heads_may_overwrite_and_ignore(both):
+    both(Heads(), torch.randn(2, 9, 11), 4)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ def test_outputs_and_cells_partition(network):
 
 
 def test_larger_budgets_never_cost_more(network):
-    plans = [plan(network, (2848, 4288), memory=m << 20) for m in (300, 500, 1000, 2000, 4000)]
-    assert all(p.peak_bytes <= m << 20 for p, m in zip(plans, (300, 500, 1000, 2000, 4000), strict=True))
+    plans = [plan(network, (2848, 4288), memory=m << 20) for m in (350, 500, 1000, 2000, 4000)]
+    assert all(p.peak_bytes <= m << 20 for p, m in zip(plans, (350, 500, 1000, 2000, 4000), strict=True))
     flops = [p.flops for p in plans]
     assert flops == sorted(flops, reverse=True)
     assert plans[-1].overhead == 1
@@ -108,7 +108,7 @@ def test_poolings_of_maps_of_different_extents_are_refused():
             return self.fc(torch.cat([nn.functional.adaptive_avg_pool2d(y, 1) for y in (x, self.b(x))], 1).flatten(1))
 
     with pytest.raises(ValueError, match="maps of different extents, 8 x 8, 4 x 4"):
-        stream(Net().eval(), tile=2).plan((3, 8, 8))
+        plan(trace(Net().eval()), (8, 8), tile=2)
 
 
 def test_streams_refuse_two_ways_to_fix_the_tiles():
@@ -139,7 +139,7 @@ thread.start()
 streamed.saliency(image)
 done.set()
 thread.join()
-print(peak - before, streamed.plan(image.shape).peak_bytes, len(streamed.plan(image.shape).tiles))
+print(peak - before, streamed.plan(image.shape).peak_bytes, streamed.plan(image.shape).tiles)
 """
 
 

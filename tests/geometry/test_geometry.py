@@ -1,75 +1,102 @@
 import doctest
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tilestream.geometry import Region, Tile, TilePlan, Window, interior, plan, region, tile_regions, window
+from tilestream.geometry import (
+    Region,
+    Sliding,
+    Table,
+    Tile,
+    TilePlan,
+    Transposed,
+    axis,
+    interior,
+    plan,
+    region,
+    tile_regions,
+)  # fmt: skip
 
-small = st.integers(1, 5)
-pads = st.tuples(st.integers(0, 3), st.integers(0, 3))
-
-
-@st.composite
-def windows(draw):
-    return Window(
-        (draw(small), draw(small)), (draw(small), draw(small)), (draw(pads), draw(pads)), (draw(small), draw(small))
-    )
+small, pads = st.integers(1, 5), st.integers(0, 3)
 
 
 @st.composite
 def cases(draw):
-    """A window, a map it fits, and a region of its output."""
-    w = draw(windows())
-    extent = tuple(draw(st.integers(max(1, r - sum(p)), r + 20)) for r, p in zip(w.reach, w.padding, strict=True))
-    h, v = w.extent(extent)
-    y0, x0 = draw(st.integers(0, h - 1)), draw(st.integers(0, v - 1))
-    return w, extent, Region(y0, draw(st.integers(y0 + 1, h)), x0, draw(st.integers(x0 + 1, v)))
+    """A window of either kind, the length of a map it fits, and an interval of its outputs."""
+    if draw(st.booleans()):
+        axis = Sliding(draw(small), draw(small), draw(pads), draw(pads), draw(small), draw(st.booleans()))
+        n = draw(st.integers(max(1, axis.reach - axis.before - axis.after), axis.reach + 20))
+    else:
+        axis, n = Transposed(draw(small), draw(small), draw(pads), draw(pads), draw(small)), draw(st.integers(1, 20))
+    try:
+        length = axis.length(n)
+    except ValueError:
+        assume(False)
+    lo = draw(st.integers(0, length - 1))
+    return axis, n, length, (lo, draw(st.integers(lo + 1, length)))
 
 
-def taps(w: Window, axis: int, output: int) -> set[int]:
-    """The inputs that one output reads along one axis, by definition."""
-    return {output * w.stride[axis] - w.padding[axis][0] + w.dilation[axis] * k for k in range(w.kernel[axis])}
+def taps(axis, output: int) -> set[int]:
+    """The inputs that one output reads, by definition, padding included."""
+    reach = [axis.dilation * k for k in range(axis.kernel)]
+    if isinstance(axis, Sliding):
+        return {output * axis.stride - axis.before + k for k in reach}
+    return {(output + axis.before - k) // axis.stride for k in reach if (output + axis.before - k) % axis.stride == 0}
 
 
 @given(cases())
-def test_span_is_the_hull_of_all_taps(case):
-    w, extent, out = case
-    ys = set().union(*(taps(w, 0, y) for y in range(out.y0, out.y1)))
-    xs = set().union(*(taps(w, 1, x) for x in range(out.x0, out.x1)))
-    assert w.span(out) == Region(min(ys), max(ys) + 1, min(xs), max(xs) + 1)
-    inside = [y for y in range(extent[0]) if min(ys) <= y <= max(ys)]
-    need = w.need(out, extent)
-    assert (need.y0, need.y1) == (inside[0], inside[-1] + 1) if inside else need.empty
-
-
-@given(cases())
-def test_extent_counts_the_windows_that_fit(case):
-    w, extent, _ = case
-    for axis in (0, 1):
-        fits = [
-            o
-            for o in range(60)
-            if max(taps(w, axis, o)) < extent[axis] + w.padding[axis][1]
-        ]  # fmt: skip
-        assert w.extent(extent)[axis] == len(fits)
+def test_need_is_the_hull_of_all_taps_on_the_map(case):
+    axis, n, _, (lo, hi) = case
+    read = set().union(*(taps(axis, o) for o in range(lo, hi))) & set(range(n))
+    start, stop = axis.need(lo, hi, n)
+    assert 0 <= start < stop <= n
+    if read:
+        assert start <= min(read)
+        assert stop >= max(read) + 1
+        if isinstance(axis, Sliding):
+            span = axis.span(lo, hi)
+            assert (start, stop) == (max(span[0], 0), min(span[1], n))
 
 
 @given(cases())
 def test_influence_holds_every_reader(case):
-    w, extent, out = case
-    source = w.need(out, extent)
-    if source.empty:
-        return
-    found = w.influence(source, extent)
-    for axis, (lo, hi), (a, b) in (
-        (0, (source.y0, source.y1), (found.y0, found.y1)),
-        (1, (source.x0, source.x1), (found.x0, found.x1)),
-    ):
-        readers = {o for o in range(w.extent(extent)[axis]) if taps(w, axis, o) & set(range(lo, hi))}
-        assert readers <= set(range(a, b))
-        if w.dilation[axis] == 1 and w.stride[axis] <= w.kernel[axis] and readers:
-            assert (a, b) == (min(readers), max(readers) + 1)
+    axis, n, length, _ = case
+    for lo in range(n):
+        for hi in (lo + 1, min(n, lo + 4)):
+            readers = {o for o in range(length) if taps(axis, o) & set(range(lo, hi))}
+            start, stop = axis.influence(lo, hi, n)
+            assert 0 <= start < stop <= length
+            assert readers <= set(range(start, stop))
+            if readers and axis.dilation == 1 and axis.stride <= axis.kernel and isinstance(axis, Sliding):
+                assert (start, stop) == (min(readers), max(readers) + 1)
+
+
+@given(cases())
+def test_lengths_are_those_of_pytorch(case):
+    axis, n, length, _ = case
+    x = torch.zeros(1, 1, n + axis.before + axis.after if isinstance(axis, Sliding) else n)
+    if isinstance(axis, Transposed):
+        weight = torch.zeros(1, 1, axis.kernel)
+        whole = torch.conv_transpose1d(x, weight, stride=axis.stride, dilation=axis.dilation).shape[-1]
+        assert length == whole - axis.before - axis.after
+    elif not axis.ceil:
+        assert length == torch.conv1d(x, torch.zeros(1, 1, axis.kernel), None, axis.stride, 0, axis.dilation).shape[-1]
+    elif axis.before == axis.after and axis.before <= axis.kernel // 2:
+        pool = torch.nn.MaxPool1d(axis.kernel, axis.stride, axis.before, axis.dilation, ceil_mode=True)
+        assert length == pool(torch.zeros(1, 1, n)).shape[-1]
+
+
+def test_tables_know_both_ways():
+    reflected = Table(4, (2, 1, 0, 1, 2, 3, 2, 1), (2, 1, 0, 1, 2, 3, 2, 1))
+    assert reflected.length(4) == 8
+    assert reflected.need(0, 2, 4) == (1, 3)
+    assert reflected.influence(3, 4, 4) == (5, 6)
+    assert reflected.influence(1, 2, 4) == (1, 8)
+    padded = Table(3, (-1, -1, 0, 1, 2, -1), (-1, -1, 0, 1, 2, -1))
+    assert padded.need(0, 2, 3) == (0, 1)
+    assert padded.need(5, 6, 3) == (2, 3)
 
 
 @given(st.tuples(st.integers(1, 30), st.integers(1, 30)), st.tuples(st.integers(1, 40), st.integers(1, 40)))
@@ -104,12 +131,12 @@ def test_region_boxes():
 
 
 def test_windows_refuse_nonsense():
-    with pytest.raises(ValueError, match=r"stride=\(0, 1\)"):
-        Window((3, 3), (0, 1))
-    with pytest.raises(ValueError, match="padding"):
-        Window((3, 3), padding=((-1, 0), (0, 0)))
+    with pytest.raises(ValueError, match=r"stride=0"):
+        Sliding(3, 0)
+    with pytest.raises(ValueError, match="no negative padding"):
+        Sliding(3, before=-1)
     with pytest.raises(ValueError, match="does not fit"):
-        Window((3, 3)).extent((2, 9))
+        Sliding(3).length(2)
     with pytest.raises(ValueError, match=r"border=0\.5"):
         interior((10, 10), 0.5)
 
@@ -146,7 +173,7 @@ def test_routes_are_the_windows_that_touch_a_cell(rows, columns):
     assert all(list(v) == sorted(v) for v in [*p.routes.values(), *p.targets.values()])
 
 
-@pytest.mark.parametrize("module", [region, window, plan], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [region, axis, plan], ids=lambda m: m.__name__)
 def test_doctests(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

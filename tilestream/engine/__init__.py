@@ -5,12 +5,13 @@ function that a caller may run anywhere.
 """
 
 from .planner import parse_bytes, plan
+from .reductions import Partial
 from .saliency import METHODS, REDUCES, Peak, Reduce, Saliency, SaliencyPass, highest, highest_of
 from .stream import Streamed, stream
-from .tile import Partial, Source, TileRunner
+from .tile import Source
 from .trace import Network, trace
 
 __all__ = [
     "METHODS", "REDUCES", "Network", "Partial", "Peak", "Reduce", "Saliency", "SaliencyPass", "Source", "Streamed",
-    "TileRunner", "highest", "highest_of", "parse_bytes", "plan", "stream", "trace",
+    "highest", "highest_of", "parse_bytes", "plan", "stream", "trace",
 ]  # fmt: skip

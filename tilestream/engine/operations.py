@@ -1,247 +1,508 @@
-"""The operations that the engine can stream, each as the window it slides and the function it applies.
+"""The operations on maps that the engine can stream: forward over a region, and backward from one.
 
-A value on its way through the network is a tensor that covers a region of a map whose whole extent is known. A windowed
-operation pads only where its region touches the border of the whole map: that is what makes tiles exact.
+A value on its way through the network is a tensor that covers a region of a map whose whole extent is known. An
+operation pads only where its region touches the border of the whole map: that is what makes tiles exact. Backward, an
+operation takes the gradient over a region of its output and gives that over a region of its inputs: the whole region
+that was read (scatter: sums over tiles are complete), or a part small enough that every reader is known (gather).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tilestream.geometry import Extent, Region, Window
+from tilestream.geometry import Axis, Extent, Pixel, Region, Sliding, Table, Transposed
 
 Pair = tuple[int, int]
+Saves = Literal["nothing", "sign", "winners", "input"]
+Rule = Literal["gradient", "guided", "deconv"]
+Covered = tuple[Tensor, Region]
+"""A tensor (1, C, h, w) and the region that it covers."""
 
 
-def pair(value: int | Sequence[int]) -> Pair:
+def pair(value: Any) -> Pair:
     """PyTorch's `int or (y, x)` as a pair."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1] if len(value) > 1 else value[0]))
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
 
 
-@dataclass
-class Pointwise:
+def fitted(x: Tensor, have: Region, want: Region, fill: float = 0.0) -> Tensor:
+    """`x`, which covers `have`, cropped or padded so that it covers `want`."""
+    if have == want:
+        return x
+    both = have.intersect(want)
+    if both.empty:
+        return x.new_full((*x.shape[:-2], *want.shape), fill)
+    x = x[(..., *both.within(have))]
+    sides = [both.x0 - want.x0, want.x1 - both.x1, both.y0 - want.y0, want.y1 - both.y1]
+    return F.pad(x, sides, value=fill) if any(sides) else x
+
+
+class Operation:
+    """One step over maps. `axes` is its geometry, `function(*maps, *vectors, *weights)` what it computes."""
+
+    saves: Saves = "input"
+    """What the gradient of its inputs needs: nothing (it is linear), the sign of the result, winners, or its inputs."""
+    linear_in_weights = False
+
+    def __init__(self, axes: tuple[Axis, Axis] = (Pixel(), Pixel())) -> None:
+        self.axes = axes
+        self.weights: list[Tensor] = []
+
+    def effective(self) -> list[Tensor]:
+        """`weights` again, as differentiable functions of the module's parameters."""
+        return []
+
+    def channels(self, *channels: int) -> int:
+        return max(channels)
+
+    def flops(self, channels: int) -> int:
+        """FLOPs for one pixel of the output map, forward."""
+        return channels
+
+    def extent(self, *inputs: Extent) -> Extent:
+        return self.axes[0].length(inputs[0][0]), self.axes[1].length(inputs[0][1])
+
+    def need(self, region: Region, extent: Extent) -> Region:
+        """The part of an input map of this extent that the outputs in `region` are computed from."""
+        y, x = self.axes
+        return Region(*y.need(region.y0, region.y1, extent[0]), *x.need(region.x0, region.x1, extent[1]))
+
+    def influence(self, region: Region, extent: Extent) -> Region:
+        """A box that holds all outputs which read an input of `region`."""
+        y, x = self.axes
+        return Region(*y.influence(region.y0, region.y1, extent[0]), *x.influence(region.x0, region.x1, extent[1]))
+
+    def run(self, xs: Sequence[Tensor], vectors: Sequence[Tensor], region: Region, extent: Extent) -> Tensor:
+        """The values of `region`, from maps that cover `need(region)` of extent `extent`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def backward(
+        self, grad: Tensor, region: Region, saved: Any, vectors: Sequence[Tensor], call: Backward
+    ) -> tuple[list[Covered | None], list[Tensor | None], list[Tensor | None]]:
+        """Gradients of the maps (with the regions they cover), of the vectors and of the weights.
+
+        This one takes autograd's word for `run`, from the inputs that were saved or, for a linear operation, from
+        blanks.
+        """
+        have = self.need(region, call.extent)
+        maps = saved if isinstance(saved, (list, tuple)) else call.blanks(have, grad)
+        weights = self.weights
+        grads: list[Tensor | None] = []
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in maps]
+            small = [v.detach().requires_grad_(v.is_floating_point()) for v in vectors]
+            self.weights = [w.detach().requires_grad_(call.want_weights) for w in weights]
+            try:
+                result = self.run(leaves, small, region, call.extent)
+                wanted = [*leaves, *small, *(self.weights if call.want_weights else ())]
+                grads = list(torch.autograd.grad(result, wanted, grad, allow_unused=True))
+            finally:
+                self.weights = weights
+        n, m = len(leaves), len(leaves) + len(small)
+        return [None if g is None else (g, have) for g in grads[:n]], grads[n:m], grads[m:]
+
+
+class Backward:
+    """What a backward step is told: extent and channels of the inputs, what is wanted of it, and by which rule."""
+
+    def __init__(
+        self, extent: Extent, channels: Sequence[int], rule: Rule = "gradient", want_weights: bool = False,
+        mean: bool = False,
+    ) -> None:  # fmt: skip
+        self.extent, self.channels, self.rule, self.want_weights = extent, channels, rule, want_weights
+        self.mean = mean
+        """Whether the mean over the input's channels is wanted instead of the gradient of each."""
+
+    def blanks(self, region: Region, like: Tensor) -> list[Tensor]:
+        """Inputs over `region` whose values do not matter."""
+        return [like.new_zeros(()).expand(1, c, *region.shape) for c in self.channels]
+
+
+class Pointwise(Operation):
     """out[y, x] depends on in[y, x] only; several inputs must be maps of one extent."""
 
-    function: Callable[..., Tensor]
-    channels: Callable[[int], int] = field(default=lambda n: n)
-    flops_per_channel: int = 1
-    in_place: Callable[[Tensor], Tensor] | None = None
-    keeps_output: bool = False
-    """Whether autograd keeps the result for the backward pass (ReLU does)."""
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        channels: Callable[..., int] | None = None,
+        *,
+        linear: bool = False,
+        weights: Callable[[], list[Tensor]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.function, self._channels, self._effective = function, channels, weights
+        self.saves = "nothing" if linear else "input"
+        self.weights = [w.detach() for w in self.effective()]
 
-    keeps_input = False
-    keeps_index = False
+    def effective(self) -> list[Tensor]:
+        return self._effective() if self._effective else []
+
+    def channels(self, *channels: int) -> int:
+        return self._channels(*channels) if self._channels else max(channels)
 
     def extent(self, *inputs: Extent) -> Extent:
         if len(set(inputs)) != 1:
             raise ValueError(f"maps of different extents meet: {', '.join(map(str, inputs))}")
         return inputs[0]
 
-    def need(self, region: Region, extent: Extent) -> Region:
-        """The part of an input map of this extent that the outputs in `region` are computed from."""
-        return region
-
-    def reads(self, axis: int, start: Any, stop: Any, length: int) -> tuple[Any, Any]:
-        """`need` along one axis, for one interval or (arrays) for many at once; `length` is the input map's."""
-        return start, stop
-
-    def flops(self, channels: int) -> int:
-        """FLOPs for one pixel of the output map."""
-        return channels * self.flops_per_channel
-
-    def run(self, tensors: list[Tensor], region: Region, extent: Extent) -> Tensor:
-        """The values of `region`, from tensors that cover `need(region)` of input maps of `extent`."""
-        return self.function(*tensors)
+    def run(self, xs: Sequence[Tensor], vectors: Sequence[Tensor], region: Region, extent: Extent) -> Tensor:
+        return self.function(*xs, *vectors, *self.weights)
 
 
-@dataclass
-class Windowed:
-    """A window slides over one map; `function(x, padding)` computes it with symmetric padding of `fill`."""
+class Add(Pointwise):
+    def __init__(self, sign: int = 1) -> None:
+        super().__init__(lambda x, y: x + y if sign > 0 else x - y, linear=True)
+        self.sign = sign
 
-    window: Window
-    function: Callable[[Tensor, Pair], Tensor]
-    fill: float = 0.0
-    channels: Callable[[int], int] = field(default=lambda n: n)
-    flops_per_channel: int = 1
-    keeps_input: bool = True
-    keeps_index: bool = False
-    """Whether the backward pass keeps an index (int64) an output value: max pooling's winners."""
+    def backward(self, grad: Tensor, region: Region, saved: Any, vectors: Any, call: Backward) -> Any:
+        # a map of one channel may be repeated over all those of the other
+        parts = [grad, grad if self.sign > 0 else -grad]
+        parts = [g.sum(1, keepdim=True) if c < g.shape[1] else g for g, c in zip(parts, call.channels, strict=True)]
+        return [(g, region) for g in parts], [], []
 
-    keeps_output = False
-    in_place = None
 
-    def extent(self, *inputs: Extent) -> Extent:
-        return self.window.extent(inputs[0])
+class ReLU(Pointwise):
+    """Its rule of going backward is the gradient's, guided back-propagation's or the deconvolution network's."""
 
-    def need(self, region: Region, extent: Extent) -> Region:
-        y0, y1 = self.reads(0, region.y0, region.y1, extent[0])
-        x0, x1 = self.reads(1, region.x0, region.x1, extent[1])
-        return Region(int(y0), int(y1), int(x0), int(x1))
+    def __init__(self) -> None:
+        super().__init__(torch.relu)
+        self.saves = "sign"
 
-    def reads(self, axis: int, start: Any, stop: Any, length: int) -> tuple[Any, Any]:
-        window = self.window
-        offset, stride = window.padding[axis][0], window.stride[axis]
-        # outputs that see nothing but padding read the nearest pixel, which `run` crops away
-        first = np.clip(start * stride - offset, 0, length - 1)
-        return first, np.clip((stop - 1) * stride - offset + window.reach[axis], first + 1, length)
+    def backward(self, grad: Tensor, region: Region, saved: Any, vectors: Any, call: Backward) -> Any:
+        grad = grad.clamp(min=0) if call.rule != "gradient" else grad
+        return [(grad if call.rule == "deconv" else grad * saved, region)], [], []
+
+
+class Windowed(Operation):
+    """A window slides over one map; `_slide(x, padding)` computes it with symmetric padding of `fill`."""
+
+    axes: tuple[Sliding, Sliding]
+    fill = 0.0
+
+    def __init__(self, y: Sliding, x: Sliding) -> None:
+        super().__init__((y, x))
+        self.kernel, self.stride = (y.kernel, x.kernel), (y.stride, x.stride)
+        self.dilation = (y.dilation, x.dilation)
 
     def flops(self, channels: int) -> int:
-        return channels * self.flops_per_channel
+        return channels * self.kernel[0] * self.kernel[1]
 
-    def run(self, tensors: list[Tensor], region: Region, extent: Extent) -> Tensor:
-        span, have = self.window.span(region), self.need(region, extent)
-        top, bottom, left, right = have.y0 - span.y0, span.y1 - have.y1, have.x0 - span.x0, span.x1 - have.x1
-        x = tensors[0]
-        if self._symmetric(0, top, bottom, have.height, region.height) and self._symmetric(
-            1, left, right, have.width, region.width
-        ):
-            return self.function(x, (top, left))
-        return self.function(_pad(x, (left, right, top, bottom), self.fill), (0, 0))
+    def span(self, region: Region) -> Region:
+        """Inputs that the outputs of `region` read, padding included."""
+        y, x = self.axes
+        return Region(*y.span(region.y0, region.y1), *x.span(region.x0, region.x1))
 
-    def _symmetric(self, axis: int, before: int, after: int, have: int, wanted: int) -> bool:
+    def padded(self, x: Tensor, region: Region, extent: Extent) -> tuple[Tensor, Pair, Region]:
+        """The input as the kernel takes it: a tensor, symmetric padding to ask for, and the region that it covers."""
+        span, have = self.span(region), self.need(region, extent)
+        sides = ((have.y0 - span.y0, span.y1 - have.y1), (have.x0 - span.x0, span.x1 - have.x1))
+        if all(self._symmetric(a, *sides[a], have.shape[a], region.shape[a]) for a in (0, 1)):
+            return x, (sides[0][0], sides[1][0]), have
+        return fitted(x, have, span, self.fill), (0, 0), span
+
+    def _symmetric(self, a: int, before: int, after: int, have: int, wanted: int) -> bool:
         """Whether padding of `before` on both sides gives just the outputs wanted, so that no padded copy is needed."""
-        outputs = (have + 2 * before - self.window.reach[axis]) // self.window.stride[axis] + 1
-        return 0 <= after <= before <= self.window.kernel[axis] // 2 and outputs == wanted
+        axis = self.axes[a]
+        outputs = (have + 2 * before - axis.reach) // axis.stride + 1
+        return 0 <= after <= before <= axis.kernel // 2 and outputs == wanted
 
+    def run(self, xs: Sequence[Tensor], vectors: Sequence[Tensor], region: Region, extent: Extent) -> Tensor:
+        x, padding, _ = self.padded(xs[0], region, extent)
+        return self._slide(x, padding)
 
-Operation = Pointwise | Windowed
-
-
-def _pad(x: Tensor, sides: tuple[int, int, int, int], fill: float) -> Tensor:
-    """Pads (left, right, top, bottom); a negative side is cropped after the others are padded."""
-    x = F.pad(x, tuple(max(0, side) for side in sides), value=fill)
-    left, right, top, bottom = (max(0, -side) for side in sides)
-    return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
+    def _slide(self, x: Tensor, padding: Pair) -> Tensor:
+        raise NotImplementedError(type(self).__name__)
 
 
 class Convolution(Windowed):
-    """Conv2d with constant weights, frozen batch norm folded in where one follows."""
+    """Conv2d; frozen batch norm that follows is folded in."""
+
+    saves = "nothing"
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        padding = _convolution_padding(conv)
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"padding_mode={conv.padding_mode!r} is not zero padding")  # trace pads apart from it
+        sides = _convolution_padding(conv)
+        parts = zip(pair(conv.kernel_size), pair(conv.stride), sides, pair(conv.dilation), strict=True)
+        super().__init__(*(Sliding(k, s, *p, d) for k, s, p, d in parts))
+        self.conv, self.groups = conv, conv.groups
+        self.norm: nn.BatchNorm2d | None = None
         # channels-last is about twice as fast, but with one input channel oneDNN is wrong where kernel > stride + 1
         # and the output is one pixel wide (PyTorch 2.13 on AVX-512)
         self.layout = torch.channels_last if conv.in_channels > 1 else torch.contiguous_format
-        self.weight = conv.weight.detach().to(memory_format=self.layout)
-        self.bias = None if conv.bias is None else conv.bias.detach()
-        self.stride, self.dilation, self.groups = pair(conv.stride), pair(conv.dilation), conv.groups
-        super().__init__(
-            Window(pair(conv.kernel_size), self.stride, padding, self.dilation),
-            self._convolve,
-            channels=lambda _: conv.out_channels,
-            flops_per_channel=2 * self.weight[0].numel(),
-        )
-
-    def _convolve(self, x: Tensor, padding: Pair) -> Tensor:
-        if self.layout is torch.contiguous_format:
-            x = x.squeeze(1).unsqueeze(
-                1
-            )  # for one channel both layouts are alike but for a stride that tells them apart
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        self._prepare()
 
     def fold(self, norm: nn.BatchNorm2d) -> None:
-        """Takes a frozen batch norm that follows into the weights: y = s (W x + b - mean) + beta, s = gamma / sigma."""
-        scale, shift = frozen_norm(norm)
-        self.weight = (self.weight * scale[:, None, None, None]).to(memory_format=self.layout)
-        self.bias = shift if self.bias is None else self.bias * scale + shift
+        """Folds frozen batch norm that follows into weight and bias."""
+        self.norm = norm
+        self._prepare()
+
+    def _prepare(self) -> None:
+        with torch.no_grad():
+            self.weights = [w.detach() for w in self.effective()]
+        self.weights[0] = self.weights[0].contiguous(memory_format=self.layout)
+        self._mean: Tensor | None = None
+
+    def effective(self) -> list[Tensor]:
+        weight, bias = self.conv.weight, self.conv.bias
+        if self.norm is None:
+            return [weight] if bias is None else [weight, bias]
+        scale, shift = frozen_norm(self.norm)
+        return [weight * scale[:, None, None, None], shift if bias is None else bias * scale + shift]
+
+    def channels(self, *channels: int) -> int:
+        return self.conv.out_channels
+
+    def flops(self, channels: int) -> int:
+        return channels * 2 * self.weights[0][0].numel()
+
+    def _slide(self, x: Tensor, padding: Pair) -> Tensor:
+        weight, bias = self.weights[0], self.weights[1] if len(self.weights) > 1 else None
+        return F.conv2d(self._laid(x), weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _laid(self, x: Tensor) -> Tensor:
+        if (
+            self.layout is torch.contiguous_format
+        ):  # for one channel both are alike but for a stride that tells them apart
+            x = x.squeeze(1).unsqueeze(1)
+        return x.contiguous(memory_format=self.layout)
+
+    def backward(self, grad: Tensor, region: Region, saved: Any, vectors: Any, call: Backward) -> Any:
+        if not call.want_weights and self.phased:
+            return [self._by_phases(grad, region, call.mean)], [], []
+        (x,) = saved if saved is not None else call.blanks(self.need(region, call.extent), grad)
+        padded = region_of = None
+        if saved is None:  # only its shape counts
+            padded, padding, region_of = self._blank(x, region, call.extent)
+        else:
+            padded, padding, region_of = self.padded(x, region, call.extent)
+            padded = self._laid(padded)
+        bias = len(self.weights) > 1
+        gx, gw, gb = torch.ops.aten.convolution_backward(
+            grad.contiguous(memory_format=self.layout), padded, self.weights[0],
+            [self.conv.out_channels] if bias else None, self.stride, padding, self.dilation, False, [0, 0], self.groups,
+            [True, call.want_weights, bias and call.want_weights],
+        )  # fmt: skip
+        return [(gx, region_of)], [], ([gw, gb] if bias else [gw]) if call.want_weights else []
+
+    def _blank(self, x: Tensor, region: Region, extent: Extent) -> tuple[Tensor, Pair, Region]:
+        span, have = self.span(region), self.need(region, extent)
+        sides = ((have.y0 - span.y0, span.y1 - have.y1), (have.x0 - span.x0, span.x1 - have.x1))
+        fits = all(self._symmetric(a, *sides[a], have.shape[a], region.shape[a]) for a in (0, 1))
+        covered, padding = (have, (sides[0][0], sides[1][0])) if fits else (span, (0, 0))
+        empty = torch.empty((1, x.shape[1], *covered.shape), dtype=x.dtype, device=x.device, memory_format=self.layout)
+        return empty, padding, covered
+
+    @property
+    def phased(self) -> bool:
+        """A strided convolution of few channels, the stem: oneDNN's gradient is slow, one a phase of the stride not."""
+        return self.conv.in_channels <= 4 and max(self.stride) > 1 and self.groups == 1 and self.dilation == (1, 1)
+
+    def _by_phases(self, grad: Tensor, region: Region, mean: bool) -> Covered:
+        """The input gradient as an ordinary convolution: one output channel a phase of the stride, then interleaved.
+
+        With x = stride (o + q) + p, the gradient at block b and phase p is the sum over q of g[b - q] w[stride q + p].
+        """
+        (sy, sx), weight = self.stride, self.weights[0]
+        weight = weight.mean(1, keepdim=True) if mean else weight
+        out, channels, ky, kx = weight.shape
+        qy, qx = -(-ky // sy), -(-kx // sx)
+        weight = F.pad(weight.contiguous(), (0, qx * sx - kx, 0, qy * sy - ky)).reshape(out, channels, qy, sy, qx, sx)
+        weight = weight.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(channels * sy * sx, out, qy, qx)
+        result = F.conv2d(
+            grad.contiguous(memory_format=torch.channels_last),
+            weight.contiguous(memory_format=torch.channels_last), padding=(qy - 1, qx - 1),
+        )  # fmt: skip
+        height, width = result.shape[-2:]
+        result = result.reshape(channels, sy, sx, height, width).permute(0, 3, 1, 4, 2)
+        span = self.span(region)
+        box = Region(span.y0, span.y0 + height * sy, span.x0, span.x0 + width * sx)
+        return result.reshape(1, channels, height * sy, width * sx), box
+
+
+class TransposedConvolution(Operation):
+    saves = "nothing"
+
+    def __init__(self, conv: nn.ConvTranspose2d) -> None:
+        k, s, p, d = (pair(v) for v in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
+        after = pair(conv.output_padding)
+        super().__init__(
+            (Transposed(k[0], s[0], p[0], p[0] - after[0], d[0]), Transposed(k[1], s[1], p[1], p[1] - after[1], d[1]))
+        )
+        self.conv = conv
+        self.weights = [w.detach() for w in self.effective()]
+
+    def effective(self) -> list[Tensor]:
+        return [self.conv.weight] if self.conv.bias is None else [self.conv.weight, self.conv.bias]
+
+    def channels(self, *channels: int) -> int:
+        return self.conv.out_channels
+
+    def flops(self, channels: int) -> int:
+        stride = pair(self.conv.stride)
+        return 2 * self.conv.in_channels * self.weights[0][0].numel() // (stride[0] * stride[1])
+
+    def run(self, xs: Sequence[Tensor], vectors: Sequence[Tensor], region: Region, extent: Extent) -> Tensor:
+        conv, have = self.conv, self.need(region, extent)
+        y = F.conv_transpose2d(xs[0], self.weights[0], None, conv.stride, 0, 0, conv.groups, conv.dilation)
+        (sy, sx), (py, px) = pair(conv.stride), pair(conv.padding)
+        top, left = have.y0 * sy - py, have.x0 * sx - px
+        y = fitted(y, Region(top, top + y.shape[-2], left, left + y.shape[-1]), region)
+        return y + self.weights[1][None, :, None, None] if len(self.weights) > 1 else y
+
+
+class MaxPool(Windowed):
+    """Winners are kept as their place in the window, row by row; ties go to the first, as in PyTorch."""
+
+    saves = "winners"
+    fill = float("-inf")
+
+    def _slide(self, x: Tensor, padding: Pair) -> Tensor:
+        return F.max_pool2d(x, self.kernel, self.stride, padding, self.dilation)
+
+    def winners(self, x: Tensor, region: Region, extent: Extent) -> tuple[Tensor, Tensor]:
+        """The values of `region` and the place of each winner in its window, (1, C, h, w) int16."""
+        x, padding, _ = self.padded(x, region, extent)
+        value, index = F.max_pool2d(x, self.kernel, self.stride, padding, self.dilation, return_indices=True)
+        width = x.shape[-1]
+        row = index.div(width, rounding_mode="floor")
+        column = index.sub_(row * width)
+        for taps, axis in ((row, 0), (column, 1)):
+            start = torch.arange(region.shape[axis], device=x.device) * self.stride[axis] - padding[axis]
+            taps -= start[:, None] if axis == 0 else start
+            if self.dilation[axis] > 1:
+                taps.div_(self.dilation[axis], rounding_mode="floor")
+        return value, column.add_(row, alpha=self.kernel[1]).to(torch.int16)
+
+    def backward(self, grad: Tensor, region: Region, saved: Any, vectors: Any, call: Backward) -> Any:
+        have = self.span(region).hull(self.need(region, call.extent))
+        span, (dy, dx), columns = self.span(region), self.dilation, self.kernel[1]
+        place = saved.to(torch.int64)
+        row = place.div(columns, rounding_mode="floor")
+        place = (place - row * columns).mul_(dx).add_(row, alpha=dy * have.width)
+        y = torch.arange(region.height, device=grad.device) * self.stride[0] + span.y0 - have.y0
+        x = torch.arange(region.width, device=grad.device) * self.stride[1] + span.x0 - have.x0
+        place += y[:, None] * have.width + x
+        result = grad.new_zeros((1, grad.shape[1], have.area))
+        result.scatter_add_(2, place.flatten(2), grad.flatten(2))
+        return [(result.reshape(1, grad.shape[1], *have.shape), have)], [], []
+
+
+class AveragePool(Windowed):
+    saves = "nothing"
+
+    def __init__(self, y: Sliding, x: Sliding, include_pad: bool = True, divisor: int | None = None) -> None:
+        super().__init__(y, x)
+        self.include_pad, self.divisor = include_pad, divisor
+
+    def run(self, xs: Sequence[Tensor], vectors: Sequence[Tensor], region: Region, extent: Extent) -> Tensor:
+        x = fitted(xs[0], self.need(region, extent), self.span(region))
+        total = F.avg_pool2d(x, self.kernel, self.stride, divisor_override=1)
+        if self.divisor is not None:
+            return total / self.divisor
+        counts = [
+            self._counts(a, lo, hi, n)
+            for a, (lo, hi), n in zip((0, 1), ((region.y0, region.y1), (region.x0, region.x1)), extent, strict=True)
+        ]
+        return total / (counts[0][:, None] * counts[1]).to(total)
+
+    def _counts(self, a: int, lo: int, hi: int, n: int) -> Tensor:
+        axis = self.axes[a]
+        start = torch.arange(lo, hi) * axis.stride - axis.before
+        stop = torch.clamp(start + axis.kernel, max=n + axis.after)
+        return stop - start if self.include_pad else torch.clamp(stop, max=n) - torch.clamp(start, min=0)
+
+
+class Resample(Operation):
+    """Both axes separately: out[o] = a[o] * in[first[o]] + b[o] * in[second[o]].
+
+    Nearest and bilinear upsampling, and padding by zeros, reflection, replication and wrapping round.
+    """
+
+    saves = "nothing"
+
+    def __init__(self, rows: Line, columns: Line) -> None:
+        super().__init__((rows.table, columns.table))
+        self.lines = rows, columns
+
+    def run(self, xs: Sequence[Tensor], vectors: Sequence[Tensor], region: Region, extent: Extent) -> Tensor:
+        have = self.need(region, extent)
+        x = self.lines[0].apply(xs[0], 2, region.y0, region.y1, have.y0, have.y1)
+        return self.lines[1].apply(x, 3, region.x0, region.x1, have.x0, have.x1)
+
+
+class Line:
+    """One axis of `Resample`."""
+
+    def __init__(self, n: int, first: Any, second: Any = None, weight: Any = None) -> None:
+        self.first = np.asarray(first)
+        self.second = self.first if second is None else np.asarray(second)
+        self.weight = None if weight is None else torch.as_tensor(weight)
+        self.table = Table(n, tuple(self.first.tolist()), tuple(self.second.tolist()))
+
+    def apply(self, x: Tensor, dim: int, lo: int, hi: int, start: int, stop: int) -> Tensor:
+        at = [torch.as_tensor(np.clip(i[lo:hi] - start, 0, stop - start - 1)) for i in (self.first, self.second)]
+        shape = [-1 if d == dim else 1 for d in range(4)]
+        y = x.index_select(dim, at[0].to(x.device))
+        if self.weight is not None:
+            w = self.weight[lo:hi].to(x).reshape(shape)
+            y = y * (1 - w) + x.index_select(dim, at[1].to(x.device)) * w
+        padding = torch.as_tensor(self.first[lo:hi] < 0)
+        return y.masked_fill(padding.reshape(shape).to(x.device), 0) if bool(padding.any()) else y
+
+
+def resized(n: int, size: int, mode: str, align_corners: bool | None, scale: float | None) -> Line:
+    """F.interpolate along one axis, from n to `size` px; `scale` where it was given and is to be used as it is."""
+    o = np.arange(size, dtype=np.float64)
+    if mode == "nearest":
+        return Line(n, np.minimum((o * (1 / scale if scale else n / size)).astype(np.int64), n - 1))
+    if align_corners:
+        source = o * ((n - 1) / (size - 1) if size > 1 else 0.0)
+    else:
+        source = np.maximum((o + 0.5) * (1 / scale if scale else n / size) - 0.5, 0)
+    first = np.minimum(source.astype(np.int64), n - 1)
+    return Line(n, first, np.minimum(first + 1, n - 1), source - first)
+
+
+def bordered(n: int, before: int, after: int, mode: str) -> Line:
+    """F.pad along one axis; negative sides crop. ValueError where PyTorch has none."""
+    o = np.arange(-before, n + after)
+    if len(o) < 1 or (mode == "reflect" and max(before, after) >= n) or (mode == "circular" and max(before, after) > n):
+        raise ValueError(f"padding {before} + {after} of mode {mode!r} does not fit a map of {n} px")
+    if mode == "constant":
+        return Line(n, np.where((o < 0) | (o >= n), -1, o))
+    if mode == "replicate":
+        return Line(n, np.clip(o, 0, n - 1))
+    if mode == "circular":
+        return Line(n, o % n)
+    return Line(n, np.where(o < 0, -o, np.where(o >= n, 2 * (n - 1) - o, o)))
 
 
 def frozen_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (channels,) each, of a batch norm in evaluation mode."""
+    """Scale and shift, (C,) each, of a batch norm in evaluation mode, differentiable in its weight and bias."""
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(
-            "BatchNorm2d without running statistics depends on the whole image; use track_running_stats=True"
-        )
+        raise ValueError("batch norm without running statistics depends on the whole image")
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
-        scale = scale * norm.weight.detach()
+        scale = scale * norm.weight
     shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach()
+    return scale, shift if norm.bias is None else shift + norm.bias
 
 
 def batch_norm(norm: nn.BatchNorm2d) -> Pointwise:
-    scale, shift = (t[None, :, None, None] for t in frozen_norm(norm))
-    return Pointwise(lambda x: x * scale + shift, flops_per_channel=2)
+    def apply(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return x * scale[None, :, None, None] + shift[None, :, None, None]
 
-
-def relu() -> Pointwise:
-    return Pointwise(F.relu, in_place=F.relu_, keeps_output=True)
-
-
-def add() -> Pointwise:
-    return Pointwise(torch.add)
-
-
-def channel_pad(before: int, after: int) -> Pointwise:
-    """New channels of zeros before and after those that are there."""
-    return Pointwise(
-        lambda x: F.pad(x, (0, 0, 0, 0, before, after)), channels=lambda n: n + before + after, flops_per_channel=0
-    )
-
-
-def max_pool(
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Windowed:
-    if ceil_mode or return_indices:
-        raise ValueError(
-            f"max pooling with ceil_mode={ceil_mode}, return_indices={return_indices} cannot be streamed; use False"
-        )
-    window = _pool_window(kernel_size, stride, padding, dilation)
-    return Windowed(
-        window,
-        lambda x, pad: F.max_pool2d(x, window.kernel, window.stride, pad, window.dilation),
-        fill=float("-inf"),
-        flops_per_channel=window.kernel[0] * window.kernel[1],
-        keeps_index=True,
-    )
-
-
-def average_pool(
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Windowed:
-    if ceil_mode or divisor_override is not None or (pair(padding) != (0, 0) and not count_include_pad):
-        raise ValueError(
-            f"average pooling with ceil_mode={ceil_mode}, count_include_pad={count_include_pad}, "
-            f"divisor_override={divisor_override} cannot be streamed; use False, True, None"
-        )
-    window = _pool_window(kernel_size, stride, padding, 1)
-    return Windowed(
-        window,
-        lambda x, pad: F.avg_pool2d(x, window.kernel, window.stride, pad),
-        flops_per_channel=window.kernel[0] * window.kernel[1],
-    )
-
-
-def _pool_window(
-    kernel: int | Sequence[int],
-    stride: int | Sequence[int] | None,
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-) -> Window:
-    y, x = pair(padding)
-    return Window(pair(kernel), pair(stride or kernel), ((y, y), (x, x)), pair(dilation))
+    frozen_norm(norm)
+    return Pointwise(apply, linear=True, weights=lambda: list(frozen_norm(norm)))
 
 
 def _convolution_padding(conv: nn.Conv2d) -> tuple[Pair, Pair]:
-    if conv.padding_mode != "zeros":
-        raise ValueError(f"padding_mode={conv.padding_mode!r} cannot be streamed; use 'zeros'")
     if isinstance(conv.padding, str):
         if conv.padding == "valid":
             return (0, 0), (0, 0)

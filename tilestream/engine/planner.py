@@ -1,29 +1,23 @@
-"""Chooses tiles: the fewest FLOPs among all cuts whose predicted peak stays within the budget."""
+"""Chooses where maps are kept, and tiles: the least time that the cost model expects within a budget of bytes."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import ByteSize, TypeAdapter
 
-from tilestream.geometry import Extent, Region, Tile, TilePlan, tile_regions
+from tilestream.geometry import Extent, Plan, Region, SegmentPlan, Tile, TilePlan, tile_regions
 
-from .operations import Convolution
-from .tile import extents
+from .cost import Cost, Costs, sizes, whole_flops
+from .passes import Sizes
+from .segment import Segment, segments
+from .tile import keeps, needed
 from .trace import Network
 
-SLACK, CUT_SLACK, FIXED_BYTES = 1.05, 1.35, 32 * 2**20
-"""What the tensors' sizes do not show: kernels' packed weights and scratch, in tiles the copies of crops. Measured."""
-KERNEL_BYTES, KERNELS = 104 * 2**10, 1024
-"""oneDNN keeps a compiled kernel for every shape that a convolution met, up to that many. Measured."""
-
-Lines = dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
-"""Along one axis, for every value: where the interval starts and stops that each tile needs."""
+STORED_BYTES_PER_S = 1.5e9
+"""A stored map, written and read."""
 
 
 def parse_bytes(memory: int | str) -> int:
@@ -37,198 +31,230 @@ def parse_bytes(memory: int | str) -> int:
     return size
 
 
+def cut(network: Network, plan: Plan) -> list[tuple[Segment, Sizes]]:
+    """The segments of a plan, with the sizes of their tiles."""
+    return [(Segment(network, s.start, s.stop), (s.forward_px, s.backward_px)) for s in plan.segments]
+
+
+def stored_tape_bytes(network: Network) -> int:
+    """What gather stores for the way back: signs of ReLUs, winners of poolings, inputs of what is not linear."""
+    itemsize, channels = torch.empty((), dtype=network.dtype).element_size(), network.channels_of()
+    total = 0
+    for node in network.nodes:
+        kind, area = keeps(node.operation, False), math.prod(network.extents[node.name])
+        if kind == "sign":
+            total += -(-node.channels // 8) * area
+        elif kind == "winners":
+            total += 2 * node.channels * area
+        elif kind == "input":
+            total += sum(channels[i] * math.prod(network.extents[i]) * itemsize for i in node.inputs)
+    return total
+
+
+class Planner:
+    """Plans one bound network. `result_bytes` is what the caller of the pass gets in memory."""
+
+    def __init__(
+        self, network: Network, *, mode: str, want_weights: bool = False, backward: bool = True, mean: bool = False,
+        result_bytes: int = 0,
+    ) -> None:  # fmt: skip
+        self.network, self.mode, self.want_weights, self.backward = network, mode, want_weights, backward
+        self.mean, self.result_bytes = mean, result_bytes
+        self.image = network.extents[network.image]
+
+    def plan(self, memory: int | None, tile: int | None) -> Plan:
+        """Within `memory` bytes; or one segment (or one a level) of tiles of `tile` px. ValueError if none will do."""
+        if tile is not None:
+            return self._plan([self._fixed(segment, tile) for segment in segments(self.network, ())], None)
+        assert memory is not None
+        room = memory - self.result_bytes
+        best = self._best(room)
+        if best is None:
+            least = self.result_bytes + self._least()
+            raise ValueError(
+                f"memory={memory} bytes is too small for an image of {self.image[0]} x {self.image[1]} px: "
+                f"the smallest budget that works is {least} bytes ({least / 2**20:.0f} MiB)"
+            )
+        return self._plan(best, memory)
+
+    def _edges(self) -> list[int]:
+        """Where the network can be cut with one map to store, and where it must be, for a level ends."""
+        nodes, found = self.network.nodes, [0]
+        for i in range(1, len(nodes)):
+            later = {name for n in nodes[i:] for name in n.inputs}
+            crossing = [n for n in [self.network.image, *(n.name for n in nodes[:i])] if n in later]
+            if len(crossing) == 1 or nodes[i].level != nodes[i - 1].level:
+                found.append(i)
+        return [*found, len(nodes)]
+
+    def _levels(self) -> set[int]:
+        nodes = self.network.nodes
+        return {i for i in range(1, len(nodes)) if nodes[i].level != nodes[i - 1].level}
+
+    def _priced(self, segment: Segment, size: Extent, back: Extent) -> tuple[SegmentPlan, float, int]:
+        costs = self._costs(segment)
+        parts = [costs.price(size, "forward")]
+        if self.backward:
+            parts.append(costs.price(back, self.mode))
+        return self._put(segment, size, back, parts)
+
+    def _costs(self, segment: Segment) -> Costs:
+        return Costs(segment, want_weights=self.want_weights, taped=self.mode == "gather", mean=self.mean)
+
+    def _put(self, segment: Segment, size: Extent, back: Extent, parts: list[Cost]) -> tuple[SegmentPlan, float, int]:
+        seconds, flops = sum(p.seconds for p in parts), sum(p.flops for p in parts)
+        plan = SegmentPlan(segment.start, segment.stop, size, back, max(p.tile_bytes for p in parts))
+        return plan, seconds, flops
+
+    def _fixed(self, segment: Segment, tile: int) -> tuple[SegmentPlan, float, int]:
+        stride = math.lcm(*segment.stride(segment.owned))
+        if tile < 1 or tile % stride:
+            use = math.ceil(max(tile, 1) / stride) * stride
+            raise ValueError(f"tile={tile} px must be a multiple of the stride {stride}; use {use}")
+        return self._priced(segment, (int(tile), int(tile)), (int(tile), int(tile)))
+
+    def _choose(self, segment: Segment, room: int | None) -> tuple[SegmentPlan, float, int] | None:
+        """The quickest tiles of one segment within `room` bytes; the smallest of all for None."""
+        costs = self._costs(segment)
+        found = []
+        ways = ["forward"] + ([self.mode] if self.backward else [])
+        for way in ways:
+            names = segment.inputs if way == "gather" else segment.owned
+            options = [(costs.price(size, way), size) for size in sizes(self.image, segment.stride(names))]
+            fitting = [o for o in options if room is None or o[0].tile_bytes <= room]
+            if not fitting:
+                return None
+            found.append(min(fitting, key=lambda o: o[0].tile_bytes if room is None else o[0].seconds))
+        if self.mode == "scatter" and self.backward:  # the same tiles both ways: one sweep may do both
+            found = [(costs.price(found[1][1], "forward"), found[1][1]), found[1]]
+        return self._put(segment, found[0][1], found[-1][1], [c for c, _ in found])
+
+    def _best(self, room: int) -> list[tuple[SegmentPlan, float, int]] | None:
+        """The cheapest way from the image to the end, by dynamic programming over the places to cut."""
+        edges, levels = self._edges(), self._levels()
+        best: dict[int, tuple[float, list[tuple[SegmentPlan, float, int]]]] = {0: (0.0, [])}
+        itemsize = torch.empty((), dtype=self.network.dtype).element_size()
+        channels = self.network.channels_of()
+        for j, stop in enumerate(edges[1:], 1):
+            for start in edges[:j]:
+                if start not in best or any(start < level < stop for level in levels):
+                    continue
+                segment = Segment(self.network, start, stop)
+                chosen = self._choose(segment, room)
+                if chosen is None:
+                    continue
+                stored = sum(channels[n] * math.prod(self.network.extents[n]) * itemsize for n in segment.stored)
+                price = best[start][0] + chosen[1] + stored / STORED_BYTES_PER_S
+                if stop not in best or price < best[stop][0]:
+                    best[stop] = price, [*best[start][1], chosen]
+        return best[edges[-1]][1] if edges[-1] in best else None
+
+    def _least(self) -> int:
+        """The smallest room for which there is a way: over all cuttings, of the largest segment's smallest tiles."""
+        edges = self._edges()
+        worst = 0
+        for start, stop in pairwise(edges):
+            chosen = self._choose(Segment(self.network, start, stop), None)
+            assert chosen is not None
+            worst = max(worst, chosen[0].tile_bytes)
+        return worst
+
+    def _plan(self, chosen: list[tuple[SegmentPlan, float, int]], memory: int | None) -> Plan:
+        network, tile_bytes = self.network, max(s.tile_bytes for s, _, _ in chosen)
+        itemsize, channels = torch.empty((), dtype=network.dtype).element_size(), network.channels_of()
+        parts = [Segment(network, s.start, s.stop) for s, _, _ in chosen]
+        maps = {n: channels[n] * math.prod(network.extents[n]) * itemsize for p in parts for n in p.stored}
+        stored = sum(maps.values()) * (2 if self.backward else 1)
+        if self.backward and self.mode == "gather":
+            stored = stored_tape_bytes(network) + 2 * max([0, *maps.values()])
+        if self.backward and self.mode == "scatter":
+            stored += (1 if self.mean else network.channels) * math.prod(self.image) * itemsize
+        left = stored if memory is None else max(0, memory - self.result_bytes - tile_bytes)
+        scratch = min(left, stored)
+        halo = 0
+        for segment, (plan, _, _) in zip(parts, chosen, strict=True):
+            owned = segment.tiles(segment.owned, plan.forward_px)
+            middle = owned[len(owned) // 2]
+            regions = segment.forward_regions(middle)
+            strides = network.strides()
+            name = next(iter(middle))
+            for value in segment.inputs:
+                if value in regions:
+                    lead = math.ceil(middle[name].y0 * strides[name][0] - regions[value].y0 * strides[value][0])
+                    halo = max(halo, lead)
+        return Plan(
+            self.image, self.mode, tuple(s for s, _, _ in chosen),
+            tuple("" if p.start == 0 else p.nodes[0].path or p.nodes[0].name for p in parts), halo,
+            self.result_bytes + tile_bytes + scratch, scratch, stored, sum(f for _, _, f in chosen),
+            whole_flops(network, self.want_weights) // (1 if self.backward else 2 if not self.want_weights else 3),
+            sum(t for _, t, _ in chosen),
+        )  # fmt: skip
+
+
 def plan(
     network: Network, image: Extent, *, memory: int | None = None, tile: int | None = None, channels_out: int = 1
 ) -> TilePlan:
-    """The plan for one image of extent (height, width).
+    """Whole-network tiles for one image of extent (height, width): what `SaliencyPass` takes.
 
     `tile` fixes the tile's side in image pixels, a multiple of the network's stride; otherwise the cheapest cut within
     `memory` bytes is taken. `channels_out` says how many channels of gradient are kept. Raises ValueError when the
     budget cannot be met (it names both figures and the smallest budget that would do) or the image is too small.
     """
-    return _Planner(network, image, channels_out).plan(memory, tile)
-
-
-@dataclass(frozen=True)
-class _Lengths:
-    """Along one axis, for every value: the length that all tiles need together and the longest of them."""
-
-    total: dict[str, int]
-    longest: dict[str, int]
-    kinds: int
-    """How many tiles differ from the one before."""
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Tile size on the last map, with its price."""
-
-    size: tuple[int, int]
-    tile_bytes: int
-    peak_bytes: int
-    flops: int
-
-
-class _Planner:
-    def __init__(self, network: Network, image: Extent, channels_out: int) -> None:
-        self.network, self.image, self.channels_out = network, image, channels_out
-        self.extents = extents(network, image)
-        self.maps = list(dict.fromkeys(value for value, _ in network.pooled.values()))
-        self.map = self.extents[self.maps[0]]
-        if any(self.extents[value] != self.map for value in self.maps):
-            sizes = ", ".join(f"{y} x {x}" for y, x in dict.fromkeys(self.extents[value] for value in self.maps))
-            raise ValueError(f"the network pools maps of different extents, {sizes}; pool maps of one extent")
-        strides = {network.image: (1, 1), **{n.name: n.stride for n in network.nodes}}
-        self.stride = strides[self.maps[0]]
-        self.itemsize = torch.empty((), dtype=network.dtype).element_size()
-        self._flops = [(n.name, n.operation.flops(n.channels)) for n in network.nodes]
-        self._convolutions = sum(isinstance(n.operation, Convolution) for n in network.nodes)
-        self._known: dict[tuple[int, int], _Lengths] = {}
-
-    def plan(self, memory: int | None, tile: int | None) -> TilePlan:
-        if tile is not None:
-            y, x = self._fixed(tile)
-            return self._value(self._price(y, [x])[0])
-        if memory is None:
-            raise ValueError("memory=None and tile=None leave the tiles open; give one of them")
-        rows, columns = self._sizes()
-        cuts = [cut for y in rows for cut in self._price(y, columns)]
-        fitting = [cut for cut in cuts if cut.peak_bytes <= memory]
-        if not fitting:
-            smallest = min(cuts, key=lambda cut: cut.peak_bytes)
+    bound = network.bind(image)
+    segment = Segment(bound, 0, len(bound.nodes))
+    extents = {bound.extents[name] for name in segment.owned}
+    if len(extents) > 1:
+        names = ", ".join(f"{y} x {x}" for y, x in dict.fromkeys(bound.extents[name] for name in segment.owned))
+        raise ValueError(f"the network pools maps of different extents, {names}; pool maps of one extent")
+    strides = bound.strides()[segment.owned[0]]
+    stride = (math.ceil(strides[0]), math.ceil(strides[1]))
+    costs, last = Costs(segment, mean=channels_out == 1), extents.pop()
+    if tile is None and memory is None:
+        raise ValueError("memory=None and tile=None leave the tiles open; give one of them")
+    if tile is not None:
+        side = math.lcm(*stride)
+        if tile < 1 or tile % side:
             raise ValueError(
-                f"memory={memory} bytes is too small for an image of {self.image[0]} x {self.image[1]} px: "
-                f"the smallest budget that works is {smallest.peak_bytes} bytes ({smallest.peak_bytes / 2**20:.0f} MiB)"
+                f"tile={tile} px must be a multiple of the stride {side}; use {math.ceil(max(tile, 1) / side) * side}"
             )
-        return self._value(min(fitting, key=lambda cut: (cut.flops, cut.peak_bytes)))
+        options = [(int(tile), int(tile))]
+    else:
+        options = sizes(image, stride)
+    itemsize = torch.empty((), dtype=network.dtype).element_size()
 
-    def _fixed(self, tile: int) -> tuple[int, int]:
-        stride = math.lcm(*self.stride)
-        if tile < 1 or tile % stride:
-            use = math.ceil(max(tile, 1) / stride) * stride
-            raise ValueError(f"tile={tile} px must be a multiple of the stride {stride}; use {use}")
-        tile = int(tile)
-        return min(tile // self.stride[0], self.map[0]), min(tile // self.stride[1], self.map[1])
+    def priced(size: Extent) -> tuple[Cost, int]:
+        cost = costs.price(size, "scatter")
+        window = costs.lengths(0, size[0], False).longest[bound.image]
+        waiting = min(image[0], window + 2 * size[0])
+        return cost, cost.tile_bytes + (image[0] + waiting) * image[1] * itemsize * channels_out
 
-    def _sizes(self) -> tuple[list[int], list[int]]:
-        """Tile sizes to choose from: each axis cut into equal parts, as even as they come."""
-        y, x = (sorted({-(-n // parts) for parts in range(1, n + 1)}, reverse=True) for n in self.map)
-        return y, x
-
-    def _intervals(self, axis: int, size: int) -> Lines:
-        """What every tile along one axis needs of every value, as `propagate` finds it (the axes are independent)."""
-        start = np.arange(0, self.map[axis], size)
-        lines: Lines = dict.fromkeys(self.maps, (start, np.minimum(start + size, self.map[axis])))
-        for node in reversed(self.network.nodes):
-            for name in node.inputs:
-                lo, hi = node.operation.reads(axis, *lines[node.name], self.extents[name][axis])
-                if name in lines:
-                    lo, hi = np.minimum(lo, lines[name][0]), np.maximum(hi, lines[name][1])
-                lines[name] = lo, hi
-        return lines
-
-    def _lengths(self, axis: int, size: int) -> _Lengths:
-        if (axis, size) not in self._known:
-            lengths = {name: hi - lo for name, (lo, hi) in self._intervals(axis, size).items()}
-            changes = np.any([np.diff(values) != 0 for values in lengths.values()], axis=0)
-            self._known[axis, size] = _Lengths(
-                {name: int(values.sum()) for name, values in lengths.items()},
-                {name: int(values.max()) for name, values in lengths.items()},
-                1 + int(changes.sum()),
-            )
-        return self._known[axis, size]
-
-    def _price(self, height: int, widths: list[int]) -> list[_Cut]:
-        """Prices of tiles of `height` with each of `widths`, on the last map; one walk for a whole row of them."""
-        row, columns = self._lengths(0, height), [self._lengths(1, width) for width in widths]
-        longest = {name: np.array([column.longest[name] for column in columns]) for name in row.longest}
-        tensors = self._tile_bytes({name: longest[name] * length for name, length in row.longest.items()})
-        result = self._result_bytes(height, row.longest[self.network.image])
-        cuts = []
-        for column, width, size in zip(columns, widths, tensors.tolist(), strict=True):
-            # the input gradient costs what the forward pass costs
-            flops = sum(2 * cost * row.total[name] * column.total[name] for name, cost in self._flops)
-            kernels = min(2 * self._convolutions * row.kinds * column.kinds, KERNELS)
-            slack = SLACK if (height, width) == self.map else CUT_SLACK
-            tile_bytes = int(size * slack) + FIXED_BYTES + kernels * KERNEL_BYTES
-            cuts.append(_Cut((height, width), tile_bytes, tile_bytes + result, flops))
-        return cuts
-
-    def _result_bytes(self, height: int, window: int) -> int:
-        """The gradient map, and the cells that wait for tiles: those that windows of one row of tiles can touch."""
-        waiting = min(self.image[0], window + 2 * height * self.stride[0])
-        return (self.image[0] + waiting) * self.image[1] * self.itemsize * self.channels_out
-
-    def _tile_bytes(self, areas: dict[str, Any]) -> Any:
-        """Peak of live tensors over one tile's forward and backward pass, by walking the graph as autograd does.
-
-        `areas` holds pixels of every value, as arrays: one entry a size of tile that is asked about.
-        """
-        network, size = self.network, self.itemsize
-        channels = {network.image: network.channels, **{n.name: n.channels for n in network.nodes}}
-        weight = {name: channels[name] * area * size for name, area in areas.items()}
-        users, kept = network.users(), {network.image}
-        live = {network.image: 2 * weight[network.image]}  # as read, and in the network's dtype and layout
-        peak = held = live[network.image]
-        for node in network.nodes:
-            operation = node.operation
-            kept.update(node.inputs if operation.keeps_input else ())
-            kept.update({node.name} if operation.keeps_output else ())
-            alone = operation.in_place is not None and users[node.inputs[0]] == 1 and node.inputs[0] not in kept
-            index = areas[node.name] * node.channels * 8 if operation.keeps_index else 0
-            live[node.name] = weight[node.name] + index
-            held = held if alone else held + live[node.name]
-            padded = weight[node.inputs[0]] if operation.keeps_input else 0  # a padded or re-ordered copy of the input
-            peak = np.maximum(peak, held + padded)
-            for name in node.inputs:
-                users[name] -= 1
-                if users[name] == 0 and name not in kept:
-                    held = held if alone else held - live[name]
-        # backward: all that is kept, plus at each step the gradients of the result and of the inputs
-        pending = {name: weight[name] for name in self.maps}
-        peak = np.maximum(peak, held + sum(pending.values()))
-        readers = network.users()
-        for node in reversed(network.nodes):
-            inputs = sum(weight[name] for name in node.inputs)
-            # a value with several readers gets a gradient from each, before they are added
-            again = sum(weight[name] for name in node.inputs if readers[name] > 1)
-            peak = np.maximum(peak, held + sum(pending.values()) + inputs + again)
-            pending.pop(node.name, None)
-            pending.update({name: weight[name] for name in node.inputs})
-            if node.name in kept or node.operation.keeps_index:
-                held = held - live[node.name]
-        return peak
-
-    def _value(self, cut: _Cut) -> TilePlan:
-        (whole,) = self._price(self.map[0], [self.map[1]])
-        rows, columns = (
-            list(
-                zip(
-                    *(bound.tolist() for bound in self._intervals(axis, cut.size[axis])[self.network.image]),
-                    strict=True,
-                )
-            )
-            for axis in (0, 1)
+    prices = {size: priced(size) for size in options}
+    fitting = [s for s, (_, peak) in prices.items() if memory is None or peak <= memory]
+    if not fitting:
+        least = min(peak for _, peak in prices.values())
+        raise ValueError(
+            f"memory={memory} bytes is too small for an image of {image[0]} x {image[1]} px: "
+            f"the smallest budget that works is {least} bytes ({least / 2**20:.0f} MiB)"
         )
-        tiles = []
-        for index, output in enumerate(tile_regions(self.map, cut.size)):
-            window = Region(*rows[index // len(columns)], *columns[index % len(columns)])
-            cell = Region(*self._cell(0, output.y0, output.y1), *self._cell(1, output.x0, output.x1))
-            tiles.append(Tile(index, output, window, cell))
-        tile_px = (cut.size[0] * self.stride[0], cut.size[1] * self.stride[1])
-        return TilePlan(
-            self.image,
-            self.map,
-            self.stride,
-            tile_px,
-            tuple(tiles),
-            cut.tile_bytes,
-            cut.peak_bytes,
-            cut.flops,
-            whole.flops,
+    size = min(fitting, key=lambda s: (prices[s][0].flops, prices[s][1]))
+    cost, peak = prices[size]
+    on_map = (min(size[0] // stride[0], last[0]), min(size[1] // stride[1], last[1]))
+    tiles = []
+    for index, output in enumerate(tile_regions(last, on_map)):
+        window = needed(segment.nodes, dict.fromkeys(segment.owned, output), bound.extents)[bound.image]
+        cell = Region(
+            *_cell(output.y0, output.y1, stride[0], last[0], image[0]),
+            *_cell(output.x0, output.x1, stride[1], last[1], image[1]),
         )
+        tiles.append(Tile(index, output, window, cell))
+    tile_px = (on_map[0] * stride[0], on_map[1] * stride[1])
+    whole = whole_flops(bound, False)
+    return TilePlan(image, last, stride, tile_px, tuple(tiles), cost.tile_bytes, peak, cost.flops, whole)
 
-    def _cell(self, axis: int, start: int, stop: int) -> tuple[int, int]:
-        """The part of the image that the outputs [start, stop) own: stride by stride, the last takes what is left."""
-        n, stride = self.image[axis], self.stride[axis]
-        return min(start * stride, n), n if stop == self.map[axis] else min(stop * stride, n)
+
+def _cell(start: int, stop: int, stride: int, length: int, n: int) -> tuple[int, int]:
+    """The part of the image that the outputs [start, stop) own: stride by stride, the last takes what is left."""
+    return min(start * stride, n), n if stop == length else min(stop * stride, n)
+
+
+__all__ = ["Planner", "cut", "parse_bytes", "plan"]

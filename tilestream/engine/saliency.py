@@ -1,4 +1,4 @@
-"""The input gradient of a whole image by scatter: tiles partition the outputs, their windows overlap-add.
+"""The input gradient in steps that can run anywhere: tiles partition the outputs, their windows overlap-add.
 
 A tile's gradient is cut into one piece a cell that its window touches; a cell's value is the sum of its pieces in
 ascending order of tiles. The order is part of the contract: in one process or over a cluster the bits are the same.
@@ -6,7 +6,7 @@ ascending order of tiles. The order is part of the contract: in one process or o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,12 +16,19 @@ import torch
 
 from tilestream.geometry import Extent, Region, Tile, TilePlan, interior
 
-from .tile import Array, Partial, Source, TileRunner, Upstream, combine, tensors
-from .trace import Network, head_gradient
+from .passes import Pass
+from .reductions import Partial
+from .scratch import Scratch
+from .segment import Segment
+from .tile import Array, Source, backward, forward, needed, read
+from .trace import Network
 
 Reduce = Literal["mean", "absmean", "absmax"]
 REDUCES: tuple[Reduce | None, ...] = ("mean", "absmean", "absmax", None)
-METHODS = ("gradient",)
+Method = Literal["gradient", "guided", "deconv"]
+METHODS: tuple[Method, ...] = ("gradient", "guided", "deconv")
+Shares = Mapping[str, Partial]
+"""By the names of the network's reductions."""
 
 
 class Sink(Protocol):
@@ -68,8 +75,25 @@ def highest_of(peaks: Sequence[Peak | None]) -> Peak:
     return min(found, key=lambda p: (-p.value, p.y_px, p.x_px))
 
 
+def check(method: str, reduce: str | None) -> None:
+    """ValueError for an unknown way of going backward or of reducing channels."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; use one of {METHODS}")
+    if reduce not in REDUCES:
+        raise ValueError(f"reduce={reduce!r} is not known; use one of {REDUCES}")
+
+
+def reduced(values: Array, reduce: Reduce | None) -> Array:
+    """(C, h, w) reduced over its channels to (h, w), or as it is for None; "mean" was taken before."""
+    if reduce == "absmean":
+        return np.asarray(np.abs(values).mean(axis=0))
+    if reduce == "absmax":
+        return np.asarray(np.abs(values).max(axis=0))
+    return values if reduce is None else values[0]
+
+
 class SaliencyPass:
-    """The pass over one image, split so that each piece can run anywhere: tiles, then cells.
+    """The pass over one image by whole-network tiles, split so that each piece can run anywhere: tiles, then cells.
 
     `target` is the logit that is differentiated. Where the head is linear after average pooling, its gradient is known
     before anything runs (`upstream()`); otherwise the forward pass comes first and `upstream(pooled)` takes its result.
@@ -84,111 +108,121 @@ class SaliencyPass:
         reduce: Reduce | None = "mean",
         method: str = "gradient",
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} is not known; use one of {METHODS}")
-        if reduce not in REDUCES:
-            raise ValueError(f"reduce={reduce!r} is not known; use one of {REDUCES}")
-        self.network, self.plan, self.target, self.reduce = network, plan, target, reduce
-        self.runner = TileRunner(network, plan.image)
+        check(method, reduce)
+        if method != "gradient":
+            raise ValueError(f"method={method!r} clamps gradients, so tiles cannot add their shares; use 'gradient'")
+        if any(n.level for n in network.nodes) or network.dense:
+            raise ValueError("maps that depend on the whole image (or are the result) take more than one sweep; "
+                             "use tilestream.stream")  # fmt: skip
+        self.network, self.plan, self.target, self.reduce = network.bind(plan.image), plan, target, reduce
+        self.segment = Segment(self.network, 0, len(self.network.nodes))
+        self.dtype = torch.empty((), dtype=network.dtype).numpy().dtype
 
     @property
     def one_sweep(self) -> bool:
         """Whether one sweep over the tiles does forward and backward."""
-        return self.network.head_is_linear and all(kind == "average" for _, kind in self.network.pooled.values())
+        return self.network.linear
 
-    def forward(self, source: Source, tile: Tile) -> tuple[Partial, ...]:
-        """The first of two sweeps: what a tile contributes to the poolings."""
-        return self.runner.forward(source, tile)
+    def _work(self, pooled: Shares | None = None) -> Pass:
+        """The vectors of the pass, from the whole image's reductions (zeros if None)."""
+        work = Pass(self.network, [], np.empty((0, 0, 0)), Scratch(0))
+        if pooled is None:
+            pooled = {n: Partial(np.zeros(r.size()[1:])) for n, r in self.network.reductions.items()}
+        work.totals.update(pooled)
+        work.vectors_from_totals()
+        return work
 
-    def pooled(self, partials: Sequence[tuple[Partial, ...]]) -> list[Partial]:
-        """The poolings of the whole image from all tiles' shares, in tile order."""
-        return combine(self.network, list(partials), self.plan.map)
-
-    def logits(self, pooled: list[Partial]) -> torch.Tensor:
-        """(1, num_classes), detached."""
+    def forward(self, source: Source, tile: Tile) -> Shares:
+        """The first of two sweeps: what a tile contributes to the reductions."""
+        regions, values, owned = self._tile(source, tile)
         with torch.no_grad():
-            logits: torch.Tensor = self.network.head(*tensors(self.network, pooled))
+            made = forward(self.network, self.segment.nodes, regions, values, self._work().steps, owned)
+            return self._shares(owned, regions, made)
+
+    def _tile(self, source: Source, tile: Tile) -> tuple[dict[str, Region], dict[str, Any], dict[str, Region]]:
+        owned = dict.fromkeys(self.segment.owned, tile.output)
+        regions = needed(self.segment.nodes, owned, self.network.extents)
+        if regions[self.network.image] != tile.window:
+            need = regions[self.network.image]
+            raise ValueError(f"tile {tile.index} reads {tile.window}, but its outputs need {need}")
+        return regions, {self.network.image: read(self.network, source, tile.window)}, owned
+
+    def _shares(self, owned: Mapping[str, Region], regions: Mapping[str, Region], made: Mapping[str, Any]) -> Shares:
+        parts = {name: made[name][(..., *owned[name].within(regions[name]))] for name in owned}
+        return self._work().shares(self.segment, owned, parts)
+
+    def pooled(self, partials: Sequence[Shares]) -> Shares:
+        """The reductions of the whole image from all tiles' shares, in tile order."""
+        extents = self.network.extents
+        return {
+            name: r.combine([p[name] for p in partials], extents[r.source])
+            for name, r in self.network.reductions.items()
+        }
+
+    def logits(self, pooled: Shares) -> torch.Tensor:
+        """(1, num_classes), detached."""
+        logits: torch.Tensor = self._work(pooled).steps[self.network.output]
         return logits
 
-    def upstream(self, pooled: list[Partial] | None = None) -> tuple[Upstream, ...]:
-        """The gradient of the target at every pooling; `pooled` is needed unless `one_sweep`."""
-        if pooled is None:
-            if not self.one_sweep:
-                raise ValueError("this network needs its pooled values before the gradient; run forward first")
-            channels = {self.network.image: self.network.channels, **{n.name: n.channels for n in self.network.nodes}}
-            values = [Partial(np.zeros(channels[value])) for value, _ in self.network.pooled.values()]
-        else:
-            values = pooled
-        gradients = head_gradient(self.network, tensors(self.network, values), self.target)
-        kinds = [kind for _, kind in self.network.pooled.values()]
-        return tuple(
-            (winners if kind == "max" else None, gradient.reshape(-1))
-            for winners, kind, gradient in zip(values, kinds, gradients, strict=True)
-        )
+    def upstream(self, pooled: Shares | None = None) -> tuple[Shares, dict[str, torch.Tensor]]:
+        """The gradient of the target at every reduction; `pooled` is needed unless `one_sweep`."""
+        if pooled is None and not self.one_sweep:
+            raise ValueError("this network needs its pooled values before the gradient; run forward first")
+        work = self._work(pooled)
+        return work.totals, work.gradient_of_logit(self.target)
 
     def pieces(
-        self, source: Source, tile: Tile, upstream: tuple[Upstream, ...]
-    ) -> tuple[tuple[Partial, ...], dict[int, tuple[Region, Array]]]:
+        self, source: Source, tile: Tile, upstream: tuple[Shares, Mapping[str, torch.Tensor]]
+    ) -> tuple[Shares, dict[int, tuple[Region, Array]]]:
         """A tile's forward shares, and its gradient cut by the cells that it touches: {cell: (region, (c, h, w))}."""
-        partials, gradient = self.runner.gradient(source, tile, upstream, self.reduce == "mean")
+        regions, values, owned = self._tile(source, tile)
+        work, tape, mean = self._work(upstream[0]), dict[str, Any](), self.reduce == "mean"
+        with torch.no_grad():
+            made = forward(
+                self.network, self.segment.nodes, regions, values, work.steps, owned,
+                lambda node, kind, saved: tape.update({node.name: saved}),
+            )  # fmt: skip
+            shares = self._shares(owned, regions, made)
+            down = work.upstream(self.segment, owned, regions, upstream[1], made)
+            del made, values
+            got = backward(
+                self.network, self.segment.nodes, regions, down, lambda node: tape.pop(node.name), work.steps, mean=mean
+            )
+        value = got.values.get(self.network.image)
+        if value is None:
+            value = torch.zeros((1, 1 if mean else self.network.channels, *tile.window.shape), dtype=self.network.dtype)
+        gradient = value[0].contiguous().cpu().numpy()
         parts = {}
         for index in self.plan.targets[tile.index]:
             region = tile.window.intersect(self.plan.tiles[index].cell)
             parts[index] = (region, gradient[(slice(None), *region.within(tile.window))])
-        return partials, parts
+        return shares, parts
 
     def cell(self, index: int, pieces: Sequence[tuple[Region, Array]]) -> Array:
         """A cell's saliency from its pieces in ascending order of tiles: (h, w), or (C, h, w) for reduce=None.
 
         `pieces` is empty for a cell that no output reads (`routes` says so); its gradient is zero.
         """
-        total = self._zeros(index)
-        for piece in pieces:
-            self._add(total, index, piece)
-        return self._reduced(total)
+        cell = self.plan.tiles[index].cell
+        total = np.zeros((1 if self.reduce == "mean" else self.network.channels, *cell.shape), self.dtype)
+        for region, values in pieces:
+            total[(slice(None), *region.within(cell))] += values
+        return reduced(total, self.reduce)
 
-    def _zeros(self, index: int) -> Array:
-        channels = 1 if self.reduce == "mean" else self.network.channels
-        shape = (channels, *self.plan.tiles[index].cell.shape)
-        return np.zeros(shape, self.runner.dtype)
-
-    def _add(self, total: Array, index: int, piece: tuple[Region, Array]) -> None:
-        region, values = piece
-        total[(slice(None), *region.within(self.plan.tiles[index].cell))] += values
-
-    def _reduced(self, total: Array) -> Array:
-        if self.reduce == "absmean":
-            total = np.abs(total).mean(axis=0)
-        elif self.reduce == "absmax":
-            total = np.abs(total).max(axis=0)
-        elif self.reduce == "mean":
-            total = total[0]  # the mean was taken in each tile
-        return total
-
-    def run(
-        self, source: Source, write: Callable[[Region, Array], None], progress: Callable[[int, int], None] | None = None
-    ) -> torch.Tensor:
+    def run(self, source: Source, write: Callable[[Region, Array], None]) -> torch.Tensor:
         """All tiles in this process; `write(cell, values)` gets each cell once it is complete. Returns the logits."""
         tiles, routes = self.plan.tiles, self.plan.routes
-        if self.one_sweep:
-            upstream = self.upstream()
-        else:
-            upstream = self.upstream(self.pooled([self.forward(source, tile) for tile in tiles]))
+        totals = None if self.one_sweep else self.pooled([self.forward(source, tile) for tile in tiles])
+        upstream, waiting, partials = self.upstream(totals), dict[int, list[tuple[Region, Array]]](), []
         for index in (index for index, readers in routes.items() if not readers):
             write(tiles[index].cell, self.cell(index, []))  # no output reads it
-        sums: dict[int, Array] = {}
-        partials = []
         for tile in tiles:
             shares, parts = self.pieces(source, tile, upstream)
             partials.append(shares)
             for index, piece in parts.items():
-                if index not in sums:
-                    sums[index] = self._zeros(index)
-                self._add(sums[index], index, piece)
+                waiting.setdefault(index, []).append(piece)
                 if routes[index][-1] == tile.index:
-                    write(tiles[index].cell, self._reduced(sums.pop(index)))
-            if progress is not None:
-                progress(tile.index + 1, len(tiles))
+                    write(tiles[index].cell, self.cell(index, waiting.pop(index)))
         return self.logits(self.pooled(partials))
 
 

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tilestream.geometry import TilePlan
+from tilestream.geometry import Plan, Region
 
 from .allocator import return_freed_memory
-from .planner import parse_bytes, plan
-from .saliency import Reduce, Saliency, SaliencyPass
-from .tile import Array, Source, TileRunner, combine, tensors
+from .passes import Mode, Pass
+from .planner import Planner, cut, parse_bytes
+from .saliency import Reduce, Saliency, Sink, check, reduced
+from .scratch import Allocate, FileArray, Scratch
+from .tile import Array, Source, keeps
 from .trace import Network, trace
 
 DEFAULT_MEMORY = "2 GiB"
+Progress = Callable[[int, int], None]
 
 
-def stream(net: nn.Module, *, memory: int | str | None = None, tile: int | None = None) -> Streamed:
+def stream(
+    net: nn.Module, *, memory: int | str | None = None, tile: int | None = None, scratch: Allocate = FileArray
+) -> Streamed:
     """A network that runs over images of any size tile by tile, with the results of the un-tiled network.
 
     `memory` bounds what a call adds to the process's resident memory ("2 GiB" unless given); `tile` fixes the side of
-    the tiles instead, in input px, a multiple of the network's stride. `net` must be in evaluation mode, and every
-    operation before its global pooling must be one that can be streamed exactly; ValueError names the module otherwise.
+    the tiles instead, in input px, a multiple of the network's stride. Maps between tiles that do not fit are kept in
+    arrays that `scratch(shape, dtype)` makes: files that vanish by themselves, unless given. `net` must be in
+    evaluation mode, and every operation on maps must be one that can be streamed exactly; ValueError names the
+    module otherwise.
     """
-    return Streamed(net, memory=memory, tile=tile)
+    return Streamed(net, memory=memory, tile=tile, scratch=scratch)
 
 
-class Streamed:
+class Streamed(nn.Module):
     """A network, streamed: see `stream`. Weights may change between calls: the network is traced again if they did."""
 
-    def __init__(self, net: nn.Module, *, memory: int | str | None = None, tile: int | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, *, memory: int | str | None = None, tile: int | None = None,
+        scratch: Allocate = FileArray,
+    ) -> None:  # fmt: skip
         if memory is not None and tile is not None:
             raise ValueError(f"memory={memory!r} and tile={tile} both fix the tiles; give one of them")
-        self.net, self.tile = net, tile
+        super().__init__()
+        self.net, self.tile, self.scratch = net, tile, scratch
+        self.training = False
         self.memory = parse_bytes(DEFAULT_MEMORY if memory is None else memory)
         self._stamp: Any = None
+        self._plans: dict[Any, Plan] = {}
         return_freed_memory()
         self.network()
 
@@ -49,29 +62,75 @@ class Streamed:
         if stamp != self._stamp:
             self._network, self._stamp = trace(self.net), stamp
             self._held = [t.detach() for t in state]  # or new weights could get the addresses of old ones
+            self._plans.clear()
         return self._network
 
-    def plan(self, shape: Sequence[int], *, reduce: Reduce | None = "mean") -> TilePlan:
-        """The tiles for an image of this shape, (C, H, W) or (H, W), with predicted peak bytes and FLOPs.
+    def plan(
+        self, shape: Sequence[int], *, reduce: Reduce | None = "mean", method: str = "gradient", weights: bool = False,
+        mode: Mode | None = None, backward: bool = True,
+    ) -> Plan:  # fmt: skip
+        """How an image of this shape, (C, H, W) or (H, W), is taken: segments, tiles, predicted peak bytes and FLOPs.
 
-        Raises ValueError when the budget is too small (got, needed and the smallest that works) or the image is.
+        For saliency by `method`, or for `backward` (weights=True), or forward alone (backward=False). `mode` is
+        "scatter" or "gather" by predicted time unless given. Raises ValueError when the budget is too small (got,
+        needed and the smallest that works) or the image is.
         """
-        network = self.network()
-        channels_out = 1 if reduce == "mean" else network.channels
-        return plan(
-            network,
-            (int(shape[-2]), int(shape[-1])),
-            memory=None if self.tile is not None else self.memory,
-            tile=self.tile,
-            channels_out=channels_out,
-        )
+        check(method, reduce)
+        network = self.network().bind((int(shape[-2]), int(shape[-1])))
+        if mode is None:
+            modes: list[Mode] = ["scatter"] if weights or not backward else ["gather"]
+            if (
+                not weights
+                and backward
+                and method == "gradient"
+                and any(keeps(n.operation, False) == "input" for n in network.nodes)
+            ):
+                modes = ["scatter", "gather"]
+        else:
+            modes = [mode]
+        if method != "gradient" and modes != ["gather"]:
+            raise ValueError(
+                f"method={method!r} clamps gradients, so shares of tiles cannot be added; use mode='gather'"
+            )
+        if weights and modes != ["scatter"]:
+            raise ValueError("gradients of weights come by mode='scatter'")
+        key = (network.extents[network.image], reduce == "mean", tuple(modes), weights, backward)
+        if key not in self._plans:
+            plans, errors = [], []
+            for each in modes:
+                try:
+                    plans.append(self._plan(network, each, reduce, weights, backward))
+                except ValueError as error:
+                    errors.append(error)
+            if not plans:
+                raise errors[-1]
+            self._plans[key] = min(plans, key=lambda p: p.seconds)
+        return self._plans[key]
 
-    def __call__(self, image: Source) -> Tensor:
-        """Logits, (N, num_classes), equal to `net(image)`; `image` is (C, H, W) or (N, C, H, W), cast, not scaled."""
-        images = [image] if len(image.shape) == 3 else [_Item(image, i) for i in range(image.shape[0])]
-        if not images:
-            raise ValueError(f"image.shape={tuple(image.shape)} holds no image; give at least one")
-        return torch.cat([self._forward(each) for each in images])
+    def _plan(self, network: Network, mode: Mode, reduce: Reduce | None, weights: bool, backward: bool) -> Plan:
+        height, width = network.extents[network.image]
+        itemsize = torch.empty((), dtype=network.dtype).element_size()
+        result = 0
+        if backward and not weights:
+            result = height * width * itemsize * (network.channels if reduce is None else 1)
+        planner = Planner(
+            network, mode=mode, want_weights=weights, backward=backward, mean=reduce == "mean" and not weights,
+            result_bytes=result,
+        )  # fmt: skip
+        return planner.plan(None if self.tile is not None else self.memory, self.tile)
+
+    def forward(self, image: Source) -> Tensor:
+        """Logits, (N, num_classes), or the map (N, C, h, w), equal to `net(image)`.
+
+        `image` is (C, H, W) or (N, C, H, W), cast, not scaled. A tensor gives a result that autograd can go back from,
+        to the image and to the weights, by streaming.
+        """
+        images = self._images(image)
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        track = isinstance(image, Tensor) and torch.is_grad_enabled() and (parameters or image.requires_grad)
+        run: Any = _Run.apply
+        results = [run(self, each, *parameters) if track else self._forward(each)[0] for each in images]
+        return torch.cat(results)
 
     def saliency(
         self,
@@ -80,45 +139,157 @@ class Streamed:
         method: str = "gradient",
         reduce: Reduce | None = "mean",
         *,
-        progress: Callable[[int, int], None] | None = None,
+        upstream: Any = None,
+        mode: Mode | None = None,
+        out: Sink | None = None,
+        progress: Progress | None = None,
     ) -> Saliency:
         """d logit[target] / d input, tile by tile, over `image` (C, H, W) or (1, C, H, W).
 
-        Channels are reduced by their signed mean, or `reduce="absmean"`, `"absmax"`, None (kept). After each tile
-        `progress(done, tiles)` is called. Raises ValueError for an unknown target, method or reduce, a budget that is
-        too small, and NaN.
+        `method`: "gradient", "guided" back-propagation (Springenberg et al. 2015) or "deconv" (Zeiler and Fergus 2014).
+        `upstream` is the gradient of the logits, (num_classes,), instead of a target's; for a network that returns a
+        map, that of the map, (C, h, w), read in windows (by default 1 all over channel `target`). Channels are reduced
+        by their signed mean, or `reduce="absmean"`, `"absmax"`, None (kept). The map goes to `out`, an array of its
+        shape, if given. After each tile `progress(done, tiles)` is called. Raises ValueError for an unknown target,
+        method or reduce, a budget that is too small, and NaN.
         """
-        network, source = self.network(), self._single(image)
-        layout = self.plan(source.shape, reduce=reduce)
-        work = SaliencyPass(network, layout, target=target, reduce=reduce, method=method)
-        shape = layout.image if reduce is not None else (network.channels, *layout.image)
-        values = np.empty(shape, torch.empty((), dtype=network.dtype).numpy().dtype)
+        check(method, reduce)
+        (source,) = self._images(image, one=True)
+        plan = self.plan(source.shape, reduce=reduce, method=method, mode=mode)
+        network = self.network().bind(plan.image)
+        shape = plan.image if reduce is not None else (network.channels, *plan.image)
+        if out is not None and tuple(out.shape) != shape:
+            raise ValueError(f"out.shape={tuple(out.shape)} must be {shape}, the shape of the saliency map")
+        values: Any = np.empty(shape, torch.empty((), dtype=network.dtype).numpy().dtype) if out is None else out
 
-        def write(cell: Any, block: Array) -> None:
-            values[..., cell.y0 : cell.y1, cell.x0 : cell.x1] = block
+        def write(region: Region, block: Tensor) -> None:
+            part = reduced(block.contiguous().cpu().numpy(), reduce)
+            values[(Ellipsis, slice(region.y0, region.y1), slice(region.x0, region.x1))] = part
 
-        return Saliency(values, work.run(source, write, progress))
+        work = self._pass(network, plan, source, tape=plan.mode == "gather", progress=progress)
+        try:
+            rule: Any = method
+            options: Any = {"mode": plan.mode, "rule": rule, "write": write, "mean": reduce == "mean"}
+            if network.dense:
+                work.forward()
+                work.backward(None, dense=_dense(network, target, upstream), **options)
+                logits = torch.empty((1, 0))
+            else:
+                logits = work.there_and_back(lambda: _given(work, target, upstream), **options)
+        finally:
+            work.close()
+        return Saliency(values, logits)
 
-    def _forward(self, image: Source) -> Tensor:
-        network = self.network()
-        self._check(image)
-        layout = self.plan(image.shape)
-        runner = TileRunner(network, layout.image)
-        pooled = combine(network, [runner.forward(image, tile) for tile in layout.tiles], layout.map)
-        with torch.no_grad():
-            logits: Tensor = network.head(*tensors(network, pooled))
-        return logits
+    def backward(
+        self, image: Source, loss_fn: Callable[[Tensor], Tensor], *, gradient: Sink | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Adds the exact gradient of `loss_fn(logits)` to every parameter's `.grad`; returns the loss, detached.
 
-    def _single(self, image: Source) -> Source:
-        if len(image.shape) == 4 and image.shape[0] == 1:
-            image = _Item(image, 0)
-        self._check(image)
-        return image
+        `image` is (C, H, W) or (N, C, H, W); `loss_fn` takes the logits (N, num_classes), or the map (N, C, h, w), and
+        gives a scalar. `gradient`, an array of the image's shape, gets the gradient of the image as well.
+        """
+        images = self._images(image)
+        if gradient is not None and tuple(gradient.shape) != tuple(image.shape):
+            raise ValueError(f"gradient.shape={tuple(gradient.shape)} must be {tuple(image.shape)}, that of the image")
+        plan = self.plan(images[0].shape, weights=True)
+        network = self.network().bind(plan.image)
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        sinks = [_sink(gradient, i if len(image.shape) == 4 else None) for i in range(len(images))]
+        scratch = Scratch(plan.scratch_bytes, self.scratch)
+        works = [self._pass(network, plan, each, progress=progress, scratch=scratch) for each in images]
+        try:
+            if one := self._one_sweep(network, works, plan, loss_fn, sinks, parameters):
+                return one
+            works = [self._pass(network, plan, each, progress=progress, scratch=scratch) for each in images]
+            leaf = torch.cat([work.result() for work in works]).detach().requires_grad_()
+            with torch.enable_grad():
+                loss = _scalar(loss_fn(leaf))
+                (down,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
+            for work, upstream, sink in zip(works, down[:, None], sinks, strict=True):
+                work.back(upstream, sink)
+                _add(parameters, work.parameter_gradients(parameters))
+                work.close()
+            return loss.detach()
+        finally:
+            for work in works:
+                work.close()
 
-    def _check(self, image: Source) -> None:
+    def _one_sweep(
+        self, network: Network, works: list[Pass], plan: Plan, loss_fn: Any, sinks: list[Any],
+        parameters: list[nn.Parameter],
+    ) -> Tensor | None:  # fmt: skip
+        """Forward and backward at once, where the gradient of the logits is known up to a factor; None where not.
+
+        For one logit; for two whose gradients sum to zero, as softmax and cross-entropy have it. What the loss says
+        afterwards confirms it, or the work is done again the long way.
+        """
+        weights = sum(p.numel() * p.element_size() for p in parameters)
+        alone = len(works) == 1 or len(works) * weights <= self.memory // 4
+        if not network.linear or network.dense or not alone or any(s is not None for s in sinks):
+            return None
+        classes = works[0].classes()
+        if classes > 2:
+            return None
+        guess = torch.tensor([[1.0]] if classes == 1 else [[-1.0, 1.0]], dtype=network.dtype, device=network.device)
+        for work in works:
+            work.there_and_back(lambda: guess, mode="scatter", want_weights=True)
+        leaf = torch.cat([work.result() for work in works]).detach().requires_grad_()
+        with torch.enable_grad():
+            loss = _scalar(loss_fn(leaf))
+            (down,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
+        tolerance = 4 * torch.finfo(network.dtype).eps * down.abs().amax()
+        if classes == 2 and (down.sum(1).abs() > tolerance).any():
+            return None
+        for work, upstream in zip(works, down[:, None], strict=True):
+            factor = upstream[0, -1]
+            for tensors in work.weights.values():
+                for t in tensors:
+                    t *= factor
+            work.head_gradients.clear()
+            work.gradients_at_reductions(upstream)
+            _add(parameters, work.parameter_gradients(parameters))
+        return loss.detach()
+
+    def _pass(
+        self, network: Network, plan: Plan, source: Source, *, tape: bool = False, progress: Progress | None = None,
+        scratch: Scratch | None = None,
+    ) -> Pass:  # fmt: skip
+        done, total = 0, plan.tiles * (2 if plan.mode == "gather" else 1)
+
+        def tick() -> None:
+            nonlocal done, total
+            done += 1
+            total = max(total, done)
+            if progress is not None:
+                progress(done, total)
+
+        scratch = Scratch(plan.scratch_bytes, self.scratch) if scratch is None else scratch
+        return Pass(network, cut(network, plan), source, scratch, tape=tape, tick=tick)
+
+    def _forward(self, image: Source, keep: bool = False) -> tuple[Tensor, Pass]:
+        plan = self.plan(image.shape, weights=True) if keep else self.plan(image.shape, backward=False)
+        network = self.network().bind(plan.image)
+        work = self._pass(network, plan, image)
+        try:
+            result = work.result()
+        except BaseException:
+            work.close()
+            raise
+        if not keep:
+            work.close()
+        return result, work
+
+    def _images(self, image: Source, one: bool = False) -> list[Any]:
         channels = self.network().channels
-        if len(image.shape) != 3 or image.shape[0] != channels:
-            raise ValueError(f"image.shape={tuple(image.shape)} must be ({channels}, H, W)")
+        shape = tuple(image.shape)
+        if len(shape) == 4 and not shape[0]:
+            raise ValueError(f"image.shape={shape} holds no image; give at least one")
+        if len(shape) not in (3, 4) or shape[-3] != channels or (one and len(shape) == 4 and shape[0] != 1):
+            raise ValueError(f"image.shape={shape} must be ({channels}, H, W)")
+        if len(shape) == 3:
+            return [image]
+        return [image[i] if isinstance(image, Tensor) else _Item(image, i) for i in range(shape[0])]
 
 
 class _Item:
@@ -131,3 +302,76 @@ class _Item:
     def __getitem__(self, index: tuple[slice, slice, slice]) -> Array:
         block: Array = self.batch[(self.index, *index)]
         return block
+
+
+class _Run(torch.autograd.Function):
+    """One image through a streamed network, for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, streamed: Streamed, image: Tensor, *parameters: Tensor) -> Tensor:
+        result, ctx.work = streamed._forward(image.detach(), keep=True)
+        ctx.parameters, ctx.image = parameters, image
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        work: Pass = ctx.work
+        if work.used:
+            raise RuntimeError("this result was gone back from already; call the streamed network again")
+        want = torch.empty_like(ctx.image) if ctx.needs_input_grad[1] else None
+        work.back(gradient, _sink(want, None))
+        found = work.parameter_gradients(list(ctx.parameters))
+        work.close()
+        return None, want, *found
+
+
+def _sink(target: Any, index: int | None) -> Callable[[Region, Tensor], None] | None:
+    if target is None:
+        return None
+
+    def write(region: Region, values: Tensor) -> None:
+        place = (slice(None), slice(region.y0, region.y1), slice(region.x0, region.x1))
+        block: Any = values.to(target.dtype) if isinstance(target, Tensor) else values.contiguous().cpu().numpy()
+        target[place if index is None else (index, *place)] = block
+
+    return write
+
+
+def _given(work: Pass, target: int, upstream: Any) -> Tensor:
+    hot = work.one_hot(target)
+    if upstream is None:
+        return hot
+    given = torch.as_tensor(np.asarray(upstream)).to(hot).reshape(1, -1)
+    if given.shape != hot.shape:
+        raise ValueError(f"upstream of shape {tuple(np.shape(upstream))} must hold one value for each of "
+                         f"{hot.shape[1]} logits")  # fmt: skip
+    return given
+
+
+def _dense(network: Network, target: int, upstream: Any) -> Callable[[Region], Tensor]:
+    channels = network.channels_of()[network.output]
+    if upstream is None and not 0 <= target < channels:
+        raise ValueError(f"target={target} must be in [0, {channels}): the network's map has that many channels")
+
+    def part(region: Region) -> Tensor:
+        if upstream is not None:
+            block = upstream[:, region.y0 : region.y1, region.x0 : region.x1]
+            return torch.as_tensor(np.asarray(block)).to(network.device, network.dtype)[None]
+        hot = torch.zeros((1, channels, *region.shape), dtype=network.dtype, device=network.device)
+        hot[:, target] = 1
+        return hot
+
+    return part
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn gives {shape}; it must give one number")
+    return loss.reshape(())
+
+
+def _add(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -1,9 +1,13 @@
-"""One tile: its window goes forward through the trunk, and its share of the input gradient comes back."""
+"""One tile of one segment: forward over regions, with what the way back needs put on a tape; and backward.
+
+Forward, every value covers a region that holds what the tile's outputs need (`needed`). Backward there are two ways.
+Scatter: gradients cover the same regions, as shares that sums over tiles complete. Gather: they cover what the tile's
+own part of the inputs can influence (`influenced`), and are complete at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,12 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tilestream.geometry import Extent, Region, Tile
+from tilestream.geometry import Extent, Region
 
-from .allocator import trim
-from .trace import Network
+from .operations import Add, AveragePool, Backward, Convolution, MaxPool, Operation, ReLU, Rule, fitted
+from .trace import Network, Node
 
 Array = npt.NDArray[Any]
+FRESH = (Convolution, AveragePool, MaxPool, Add)
+"""Operations whose result is theirs alone, so that a ReLU may overwrite it."""
 
 
 class Source(Protocol):
@@ -25,13 +31,22 @@ class Source(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def __getitem__(self, index: tuple[slice, slice, slice]) -> Array: ...
+    def __getitem__(self, index: Any) -> Any: ...
 
 
-def propagate(network: Network, outputs: Mapping[str, Region], extents: Mapping[str, Extent]) -> dict[str, Region]:
-    """Backward interval propagation: the region of every value that the regions `outputs` need, hulls over users."""
+def read(network: Network, source: Source, window: Region) -> Tensor:
+    """A window of the image, (1, C, h, w), in the network's dtype and on its device; a copy."""
+    block = source[:, window.y0 : window.y1, window.x0 : window.x1]
+    dtype = torch.empty((), dtype=network.dtype).numpy().dtype
+    x = block.detach() if isinstance(block, Tensor) else torch.from_numpy(np.array(block, dtype))
+    x = x.to(network.device, network.dtype)[None]
+    return x.clone(memory_format=torch.channels_last) if x.data_ptr() else x
+
+
+def needed(nodes: Sequence[Node], outputs: Mapping[str, Region], extents: Mapping[str, Extent]) -> dict[str, Region]:
+    """Backward interval propagation: the region of every value that the regions `outputs` need, hulls over readers."""
     regions = dict(outputs)
-    for node in reversed(network.nodes):
+    for node in reversed(nodes):
         if (region := regions.get(node.name)) is None:
             continue
         for name in node.inputs:
@@ -40,174 +55,126 @@ def propagate(network: Network, outputs: Mapping[str, Region], extents: Mapping[
     return regions
 
 
-def extents(network: Network, image: Extent) -> dict[str, Extent]:
-    """The extent of every map for an image of this extent; ValueError names the module that it is too small for."""
-    known = {network.image: image}
-    for node in network.nodes:
-        try:
-            known[node.name] = node.operation.extent(*(known[name] for name in node.inputs))
-        except ValueError as error:
-            raise ValueError(f"image of {image[0]} x {image[1]} px: {node.path or node.name}: {error}") from None
-    return known
+def influenced(nodes: Sequence[Node], inputs: Mapping[str, Region], extents: Mapping[str, Extent]) -> dict[str, Region]:
+    """The other way: for every value the region that can depend on the regions `inputs`, hulls over what is read."""
+    regions = dict(inputs)
+    for node in nodes:
+        for name in node.inputs:
+            if name in regions:
+                reach = node.operation.influence(regions[name], extents[name])
+                regions[node.name] = reach.hull(regions[node.name]) if node.name in regions else reach
+    return regions
 
 
-@dataclass(frozen=True)
-class Partial:
-    """What one tile contributes to one global pooling.
-
-    Average: `value` holds sums over the tile, (C,) float64. Max: `value` holds maxima, (C,) in the network's dtype, and
-    `y`, `x` the place of each winner on the pooled map, (C,) int64; ties go to the smallest (y, x).
-    """
-
-    value: Array
-    y: Array | None = None
-    x: Array | None = None
+def keeps(operation: Operation, want_weights: bool) -> str:
+    """What the tape holds of an operation: with gradients of weights or vectors wanted, its inputs."""
+    if operation.saves == "nothing" and want_weights and operation.weights:
+        return "input"
+    return operation.saves
 
 
-Upstream = tuple[Partial | None, Tensor]
-"""For one pooling: the winners (max) or None (average), and the gradient of each pooled value, (C,)."""
+Save = Callable[[Node, str, Any], None]
 
 
-class TileRunner:
-    """Runs tiles of one image extent through a traced network. Holds no state but the geometry."""
-
-    def __init__(self, network: Network, image: Extent) -> None:
-        self.network = network
-        self.extents = extents(network, image)
-        self.users = network.users()
-        self.dtype = torch.empty((), dtype=network.dtype).numpy().dtype
-
-    def forward(self, source: Source, tile: Tile) -> tuple[Partial, ...]:
-        """This tile's share of every pooling."""
-        with torch.no_grad():
-            maps = self._trunk(self._read(source, tile.window), tile)
-            return tuple(self._pool(maps[value], kind, tile) for value, kind in self.network.pooled.values())
-
-    def gradient(
-        self, source: Source, tile: Tile, upstream: tuple[Upstream, ...], mean: bool
-    ) -> tuple[tuple[Partial, ...], Array]:
-        """Forward and backward in one go.
-
-        Returns the tile's share of every pooling, and of d target / d input over `tile.window`: (C, h, w), or (1, h, w)
-        averaged over the channels for `mean`, in the network's dtype.
-        """
-        window = self._read(source, tile.window).requires_grad_()
-        with torch.enable_grad():
-            maps = self._trunk(window, tile)
-        partials = tuple(self._pool(maps[value].detach(), kind, tile) for value, kind in self.network.pooled.values())
-        outputs, gradients = [], []
-        for (value, kind), (winners, gradient) in zip(self.network.pooled.values(), upstream, strict=True):
-            outputs.append(maps[value])
-            gradients.append(self._unpool(outputs[-1], value, kind, winners, gradient, tile))
-        del maps
-        (result,) = torch.autograd.grad(outputs, window, gradients)
-        if mean:
-            result = result.mean(dim=1, keepdim=True)
-        return partials, result[0].contiguous().cpu().numpy()
-
-    def _read(self, source: Source, window: Region) -> Tensor:
-        trim()  # what the tile before left behind
-        block = source[:, window.y0 : window.y1, window.x0 : window.x1]
-        x = block if isinstance(block, Tensor) else torch.from_numpy(np.array(block, self.dtype))
-        x = x.detach().to(self.network.device, self.network.dtype)[None]
-        return x.clone(memory_format=torch.channels_last) if x.data_ptr() else x
-
-    def _trunk(self, window: Tensor, tile: Tile) -> dict[str, Tensor]:
-        """Runs the trunk over `window`; returns the maps to be pooled, each covering `tile.output`."""
-        network = self.network
-        regions = propagate(network, {value: tile.output for value, _ in network.pooled.values()}, self.extents)
-        values, users = {network.image: window}, dict(self.users)
-        if regions[network.image] != tile.window:
-            raise ValueError(f"tile {tile.index} reads {tile.window}, but its outputs need {regions[network.image]}")
-        owned: set[str] = set()  # values that autograd does not keep, so that ReLU may overwrite them
-        for node in network.nodes:
-            region, operation = regions[node.name], node.operation
-            inputs = []
-            for name in node.inputs:
-                need = operation.need(region, self.extents[name])
-                inputs.append(
-                    values[name] if need == regions[name] else values[name][(..., *need.within(regions[name]))]
-                )
-                users[name] -= 1
-            alone = node.inputs[0] in owned and users[node.inputs[0]] == 0
-            for name in node.inputs:
-                if users[name] == 0:
-                    values.pop(name, None)
-            if operation.in_place is not None and alone:
-                values[node.name] = operation.in_place(inputs[0])
-            else:
-                values[node.name] = operation.run(inputs, region, self.extents[node.inputs[0]])
-            if operation.keeps_input:
-                owned.difference_update(node.inputs)
-            if not operation.keeps_output:
-                owned.add(node.name)
-        return {
-            value: values[value][(..., *tile.output.within(regions[value]))] for value, _ in network.pooled.values()
-        }
-
-    def _pool(self, x: Tensor, kind: str, tile: Tile) -> Partial:
-        flat = x[0].flatten(1)
-        if torch.isnan(flat).any():
-            raise ValueError(
-                f"tile {tile.index} ({tile.window}) gives NaN; look for NaN or infinity in the image or the weights"
-            )
-        if kind == "average":
-            return Partial(flat.sum(dim=1, dtype=torch.float64).cpu().numpy())
-        # flatten is row-major over (y, x) whatever the memory format, and max on a tie is not promised to be the first
-        value = flat.amax(dim=1)
-        first = (flat == value[:, None]).to(torch.uint8).argmax(dim=1)
-        y, x_ = first // tile.output.width + tile.output.y0, first % tile.output.width + tile.output.x0
-        return Partial(value.cpu().numpy(), y.cpu().numpy(), x_.cpu().numpy())
-
-    def _unpool(
-        self, x: Tensor, value: str, kind: str, winners: Partial | None, gradient: Tensor, tile: Tile
-    ) -> Tensor:
-        """The gradient of the pooled values, spread over this tile's part of the map."""
-        if kind == "average":
-            height, width = self.extents[value]
-            return (gradient / (height * width))[None, :, None, None].expand_as(x)
-        assert winners is not None
-        assert winners.y is not None
-        assert winners.x is not None
-        box = tile.output
-        here = (winners.y >= box.y0) & (winners.y < box.y1) & (winners.x >= box.x0) & (winners.x < box.x1)
-        spread = torch.zeros_like(x)
-        channel = np.flatnonzero(here)
-        spread[0, channel, winners.y[here] - box.y0, winners.x[here] - box.x0] = gradient[channel]
-        return spread
-
-
-def combine(network: Network, partials: list[tuple[Partial, ...]], extent: Extent) -> list[Partial]:
-    """Adds the tiles' shares in the order given, which is that of the tiles, for each pooling over maps of `extent`.
-
-    Averages come back as means, (C,) float64; maxima with their places.
-    """
-    pooled = []
-    for index, (_, kind) in enumerate(network.pooled.values()):
-        shares = [p[index] for p in partials]
-        if kind == "average":
-            total = np.zeros_like(shares[0].value)
-            for share in shares:
-                total = total + share.value
-            pooled.append(Partial(total / (extent[0] * extent[1])))
+def forward(
+    network: Network, nodes: Sequence[Node], regions: Mapping[str, Region], values: dict[str, Tensor],
+    env: Mapping[str, Any], wanted: Iterable[str], save: Save | None = None, want_weights: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Runs `nodes` from `values`, which cover their regions; returns those `wanted`, and tells `save` what to keep."""
+    users: dict[str, int] = dict.fromkeys(wanted, 1)
+    for node in nodes:
+        for name in node.inputs:
+            users[name] = users.get(name, 0) + (node.name in regions)
+    free: set[str] = set()  # values that nobody else holds
+    for node in nodes:
+        if (region := regions.get(node.name)) is None:
             continue
-        best = shares[0]
-        for share in shares[1:]:
-            best = _winners(best, share)
-        pooled.append(best)
-    return pooled
+        operation, inputs = node.operation, []
+        for name in node.inputs:
+            need = operation.need(region, network.extents[name])
+            inputs.append(values[name] if need == regions[name] else values[name][(..., *need.within(regions[name]))])
+            users[name] -= 1
+        alone = node.inputs[0] in free and users[node.inputs[0]] == 0
+        for name in node.inputs:
+            if users[name] == 0:
+                values.pop(name, None)
+        extent, vectors = network.extents[node.inputs[0]], [env[v] for v in node.vectors]
+        kept = keeps(operation, want_weights or bool(node.vectors)) if save else "nothing"
+        if kept == "winners":
+            assert isinstance(operation, MaxPool)
+            result, place = operation.winners(inputs[0], region, extent)
+        elif isinstance(operation, ReLU) and alone:
+            result = inputs[0].relu_()
+        else:
+            result = operation.run(inputs, vectors, region, extent)
+        if save:
+            saved = {"nothing": None, "input": inputs}.get(kept)
+            save(node, kept, result > 0 if kept == "sign" else place if kept == "winners" else saved)
+        if kept == "input":
+            free.difference_update(node.inputs)
+        if isinstance(operation, FRESH) or (isinstance(operation, ReLU) and alone):
+            free.add(node.name)
+        values[node.name] = result
+        del inputs, result
+    return {name: values[name] for name in wanted}
 
 
-def _winners(a: Partial, b: Partial) -> Partial:
-    assert a.y is not None
-    assert b.y is not None
-    assert a.x is not None
-    assert b.x is not None
-    earlier = (b.y < a.y) | ((b.y == a.y) & (b.x < a.x))
-    take = (b.value > a.value) | ((b.value == a.value) & earlier)
-    return Partial(np.where(take, b.value, a.value), np.where(take, b.y, a.y), np.where(take, b.x, a.x))
+class Gradients:
+    """What comes back from a tile: of values (over their regions), of vectors, and of weights by node."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+        self.vectors: dict[str, Tensor] = {}
+        self.weights: dict[str, list[Tensor]] = {}
 
 
-def tensors(network: Network, pooled: list[Partial]) -> list[Tensor]:
-    """Pooled values as the head takes them, (1, C, 1, 1) each, in the network's dtype."""
-    return [torch.tensor(p.value).to(network.device, network.dtype)[None, :, None, None] for p in pooled]
+def backward(
+    network: Network, nodes: Sequence[Node], regions: Mapping[str, Region], upstream: dict[str, Tensor],
+    load: Callable[[Node], Any], env: Mapping[str, Any], *, rule: Rule = "gradient", want_weights: bool = False,
+    want_image: bool = True, mean: bool = False,
+) -> Gradients:  # fmt: skip
+    """Runs `nodes` backward from gradients `upstream` over their regions; `load` gives what the tape holds of a node.
+
+    `mean`: of the image the mean over its channels is wanted, (1, 1, h, w).
+    """
+    found, channels = Gradients(upstream), network.channels_of()
+    values = found.values
+    stem = mean and _single_stem(network)
+    for node in reversed(nodes):
+        if (gradient := values.pop(node.name, None)) is None:
+            continue
+        if not want_image and not want_weights and set(node.inputs) == {network.image}:
+            continue
+        call = Backward(
+            network.extents[node.inputs[0]], [channels[name] for name in node.inputs], rule, want_weights,
+            stem and node.inputs[0] == network.image,
+        )  # fmt: skip
+        region = regions[node.name]
+        parts, vectors, weights = node.operation.backward(
+            gradient, region, load(node), [env[v] for v in node.vectors], call
+        )
+        del gradient
+        for name, part in zip(node.inputs, parts, strict=True):
+            if part is None or (name == network.image and not want_image):
+                continue
+            share = fitted(*part, regions[name])
+            if name in values:
+                values[name] = values[name] + share
+            else:
+                values[name] = share
+        for name, vector in zip(node.vectors, vectors, strict=True):
+            if vector is not None:
+                found.vectors[name] = found.vectors[name] + vector if name in found.vectors else vector
+        if weights:
+            found.weights[node.name] = [
+                torch.zeros_like(w) if g is None else g for g, w in zip(weights, node.operation.weights, strict=True)
+            ]
+    if mean and network.image in values and values[network.image].shape[1] > 1:
+        values[network.image] = values[network.image].mean(1, keepdim=True)
+    return found
+
+
+def _single_stem(network: Network) -> bool:
+    """Whether one convolution alone reads the image, and can give the mean over its channels directly."""
+    readers = [n.operation for n in network.nodes if network.image in n.inputs]
+    return len(readers) == 1 and isinstance(readers[0], Convolution) and readers[0].phased

@@ -1,125 +1,130 @@
-"""From a module to a list of streamable operations, a global pooling, and a head.
+"""From a module to operations on maps, reductions of maps to vectors, and a graph of small vectors.
 
-torch.fx records the network's graph. Its trunk, all that happens on maps, is turned into `Operation`s; what follows the
-global pooling sees small vectors only and is run as it stands.
+torch.fx records the network. What happens on maps becomes `Node`s with an `Operation`; what reduces a whole map (global
+pooling, statistics of norms, softmax over positions) becomes a `Reduction`; all else sees small vectors and runs as it
+stands. A map that depends on a vector has to wait for that vector's reductions, so every value has a `level`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import operations as op
-from .operations import Operation
+from tilestream.geometry import Extent
 
-Pooling = Literal["average", "max"]
+from . import supported
+from .operations import Convolution, Operation
+from .reductions import Reduction
+from .supported import Stride
 
 
 @dataclass
 class Node:
-    """A step of the trunk: `operation` over the values named in `inputs`; `path` is the module it came from."""
+    """A step over maps: `operation` over the maps named in `inputs` and the vectors named in `vectors`.
+
+    `path` is the module it came from. Where the operation depends on the image's size it comes from `make`.
+    """
 
     name: str
     operation: Operation
     inputs: tuple[str, ...]
-    path: str
+    path: str = ""
+    vectors: tuple[str, ...] = ()
     channels: int = 0
-    stride: tuple[int, int] = (1, 1)
+    stride: Stride = (1, 1)
     """Image pixels between neighbours on this map, (y, x)."""
+    level: int = 0
+    make: Callable[[Mapping[str, Any], tuple[Extent, ...]], Operation] | None = None
+
+
+@dataclass
+class Vector:
+    """A step over small vectors (or shapes): `call` takes those computed before, by name."""
+
+    name: str
+    call: Callable[[Mapping[str, Any]], Any]
+    level: int
+    static: bool
+    """Whether it depends on shapes and constants alone."""
 
 
 @dataclass
 class Network:
-    """A traced network: `nodes` in order, from the image (the value named `image`) to the maps that are pooled."""
+    """A traced network: `nodes` in order of their levels, `reductions` and `vectors` by level as well."""
 
     image: str
-    channels: int
-    nodes: list[Node]
-    pooled: dict[str, tuple[str, Pooling]] = field(default_factory=dict)
-    """For each pooling node of the head the trunk value it pools, and how."""
-    head: nn.Module = field(default_factory=nn.Identity)
-    """Takes the pooled values, (1, C, 1, 1) each in order of `pooled`, gives the logits (1, num_classes)."""
-    head_is_linear: bool = False
+    channels: int = 0
+    nodes: list[Node] = field(default_factory=list)
+    reductions: dict[str, Reduction] = field(default_factory=dict)
+    vectors: list[Vector] = field(default_factory=list)
+    output: str = ""
+    """The vector of logits, or the map, that the network returns."""
+    linear: bool = True
+    """Whether all from the reductions to the logits is linear, and all reductions are means of maps of level 0."""
+    parameters: list[nn.Parameter] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    extents: dict[str, Extent] = field(default_factory=dict)
+    """The extent of every map; empty until `bind`."""
 
-    def users(self) -> dict[str, int]:
-        """How many nodes or poolings read each value."""
-        counts = dict.fromkeys([self.image, *(n.name for n in self.nodes)], 0)
-        for name in [i for n in self.nodes for i in n.inputs] + [value for value, _ in self.pooled.values()]:
-            counts[name] += 1
-        return counts
+    @property
+    def dense(self) -> bool:
+        """Whether the network returns a map."""
+        return self.output in self.channels_of()
+
+    def channels_of(self) -> dict[str, int]:
+        return {self.image: self.channels, **{n.name: n.channels for n in self.nodes}}
+
+    def strides(self) -> dict[str, Stride]:
+        return {self.image: (1, 1), **{n.name: n.stride for n in self.nodes}}
+
+    def bind(self, image: Extent) -> Network:
+        """The network for an image of this extent; ValueError names the module that it is too small for."""
+        extents = {self.image: image}
+        channels, nodes = self.channels_of(), []
+        statics = {v.name: v for v in self.vectors if v.static}
+
+        class Known(dict[str, Any]):
+            """Shapes and what follows from them, as far as maps are known."""
+
+            def __missing__(self, name: str) -> Any:
+                if name in statics:
+                    self[name] = statics[name].call(self)
+                else:
+                    self[name] = torch.Size((1, channels[name], *extents[name]))
+                return self[name]
+
+        known = Known()
+        for node in self.nodes:
+            inputs = tuple(extents[name] for name in node.inputs)
+            try:
+                bound = node if node.make is None else replace(node, operation=node.make(known, inputs))
+                extents[node.name] = bound.operation.extent(*inputs)
+            except ValueError as error:
+                raise ValueError(f"image of {image[0]} x {image[1]} px: {node.path or node.name}: {error}") from None
+            nodes.append(bound)
+        network = replace(self, nodes=nodes, extents=extents)
+        network.vectors = [replace(v, call=partial(_constant, known[v.name])) if v.static else v for v in self.vectors]
+        return network
+
+    def evaluate(self, env: dict[str, Any], level: int) -> None:
+        """Computes the vectors of this level into `env`, which holds the reductions below it."""
+        for vector in self.vectors:
+            if vector.level == level or (vector.static and vector.name not in env):
+                env[vector.name] = vector.call(env)
+
+    def levels(self) -> int:
+        return 1 + max([v.level for v in self.vectors] + [n.level for n in self.nodes])
 
 
-MODULES: dict[type[nn.Module], Callable[[Any], Operation | None]] = {
-    nn.Conv2d: op.Convolution,
-    nn.BatchNorm2d: op.batch_norm,
-    nn.ReLU: lambda m: op.relu(),
-    nn.Identity: lambda m: None,
-    nn.Dropout: lambda m: None,
-    nn.Dropout2d: lambda m: None,
-    nn.MaxPool2d: lambda m: op.max_pool(m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices),
-    nn.AvgPool2d: lambda m: op.average_pool(
-        m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
-    ),
-}
-"""Modules that can be streamed, and how; None where the result is the input itself."""
-
-
-def _add(x: Any, y: Any, *, alpha: float = 1) -> Operation:
-    if not (isinstance(x, fx.Node) and isinstance(y, fx.Node)) or alpha != 1:
-        raise ValueError("only the addition of two maps can be streamed")
-    return op.add()
-
-
-def _relu(x: Any, inplace: bool = False) -> Operation:
-    return op.relu()
-
-
-def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
-    if training:
-        raise ValueError("dropout(training=True) is random; pass training=self.training")
-
-
-def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Operation:
-    sizes = tuple(pad) if all(isinstance(p, int) for p in pad) else ()
-    if mode != "constant" or value or len(sizes) != 6 or any(sizes[:4]) or min(sizes) < 0:
-        raise ValueError(
-            f"pad={pad} mode={mode!r} cannot be streamed; only zero-padding of channels, (0, 0, 0, 0, before, after)"
-        )
-    return op.channel_pad(sizes[4], sizes[5])
-
-
-FUNCTIONS: dict[Any, Callable[..., Operation | None]] = {
-    torch.add: _add,
-    operator.add: _add,
-    operator.iadd: _add,
-    "add": _add,
-    "add_": _add,
-    F.relu: _relu,
-    torch.relu: _relu,
-    torch.relu_: _relu,
-    "relu": _relu,
-    "relu_": _relu,
-    F.dropout: _dropout,
-    F.pad: _pad,
-    F.max_pool2d: lambda x, *args, **kwargs: op.max_pool(*args, **kwargs),
-    torch.max_pool2d: lambda x, *args, **kwargs: op.max_pool(*args, **kwargs),
-    F.avg_pool2d: lambda x, *args, **kwargs: op.average_pool(*args, **kwargs),
-    "contiguous": lambda x, memory_format=None: None,
-}
-WRITERS = (operator.iadd, "add_", torch.relu_, "relu_")
-"""Functions that overwrite their first argument; others do so with inplace=True."""
-POOL_FUNCTIONS: dict[Any, Pooling] = {F.adaptive_avg_pool2d: "average", F.adaptive_max_pool2d: "max"}
-POOL_MODULES: dict[type[nn.Module], Pooling] = {nn.AdaptiveAvgPool2d: "average", nn.AdaptiveMaxPool2d: "max"}
-LINEAR_HEAD = (nn.Linear, nn.Flatten, nn.Identity, nn.Dropout)
-RESHAPES = (torch.flatten, torch.squeeze, "flatten", "view", "reshape", "squeeze", "size", getattr, operator.getitem)
+def _constant(value: Any, _: Mapping[str, Any]) -> Any:
+    return value
 
 
 def trace(net: nn.Module) -> Network:
@@ -159,7 +164,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Builder:
-    """Walks the recorded graph once, sorting its nodes into trunk, pooling and head."""
+    """Walks the recorded graph once, sorting its nodes into maps, reductions and vectors."""
 
     def __init__(self, net: nn.Module, graph: fx.Graph) -> None:
         self.net, self.graph = net, graph
@@ -170,184 +175,280 @@ class _Builder:
             raise ValueError(
                 f"{type(net).__name__}.forward takes {len(inputs)} inputs; a streamed network takes one image"
             )
-        self.trunk = {inputs[0]: inputs[0].name}  # values that are maps, under the names they have in the network
-        self.head: set[fx.Node] = set()
-        self.linear = True
-        self.network = Network(inputs[0].name, 0, [], dtype=parameter.dtype, device=parameter.device)
+        image = inputs[0].name
+        self.maps: dict[fx.Node, str] = {inputs[0]: image}
+        """fx nodes that are maps, and the names of their values in the network."""
+        self.flat: set[fx.Node] = set()
+        """Maps whose positions were flattened into one dimension."""
+        self.tuples: dict[fx.Node, list[str]] = {}
+        self.levels: dict[str, int] = {image: 0}
+        self.static: set[fx.Node] = set()
+        self.network = Network(image, dtype=parameter.dtype, device=parameter.device)
+        self.network.parameters = list(net.parameters())
 
     def build(self) -> Network:
         for node in self.graph.nodes:
-            if node.op in ("placeholder", "output", "get_attr"):
+            if node.op == "placeholder":
                 continue
-            maps = [n for n in node.all_input_nodes if n in self.trunk]
-            if not maps:
-                self.head.add(node)
-                self.linear = self.linear and self._is_linear(node)
-            elif len(maps) != len(node.all_input_nodes):
-                raise self._refuse(node, "mixes a map with a value that is none")
-            elif (pooling := self._pooling(node)) is not None:
-                self._refuse_hooks(node)
-                self.network.pooled[node.name] = (self.trunk[maps[0]], pooling)
-                self.head.add(node)
+            if node.op == "output":
+                self._output(node)
+                continue
+            maps = [n for n in node.all_input_nodes if n in self.maps]
+            if any(n in self.tuples for n in node.all_input_nodes):
+                self._element(node)
+            elif not maps:
+                self._vector(node)
             else:
-                self._append(node)
-        if not self.network.pooled:
-            raise ValueError(
-                f"{type(self.net).__name__} has no global pooling (AdaptiveAvgPool2d(1), AdaptiveMaxPool2d(1)); "
-                "maps as results cannot be streamed"
-            )
+                self._refuse_hooks(node)
+                try:
+                    supported.add(_Context(self, node))
+                except (ValueError, TypeError) as error:
+                    raise self.refusal(node, str(error)) from error
         self._prune()
-        self._measure_channels()
-        self.network.head, self.network.head_is_linear = self._head(), self.linear
-        self._check_logits()
+        self.network.nodes.sort(key=lambda n: n.level)
+        self._measure()
+        self._check()
         return self.network
 
-    def _target(self, node: fx.Node) -> Any:
+    def target(self, node: fx.Node) -> Any:
         return self.modules[str(node.target)] if node.op == "call_module" else node.target
 
-    def _pooling(self, node: fx.Node) -> Pooling | None:
-        target = self._target(node)
-        if isinstance(target, nn.Module):
-            kind, size = POOL_MODULES.get(type(target)), getattr(target, "output_size", None)
-        else:
-            kind = POOL_FUNCTIONS.get(target)
-            size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-        if kind is None:
-            return None
-        if size not in (1, (1, 1), [1, 1]):
-            raise self._refuse(node, f"pools to {size}; only pooling to 1 x 1 can be streamed")
-        if getattr(target, "return_indices", False):
-            raise self._refuse(node, "returns indices, which cannot be streamed")
-        return kind
+    def _vector(self, node: fx.Node) -> None:
+        inputs = node.all_input_nodes
+        if inputs and all(n in self.static for n in inputs):
+            self.static.add(node)
+        level = max((self.levels[n.name] for n in inputs), default=0)
+        self.levels[node.name] = level
+        if inputs and node not in self.static:
+            self.network.linear = self.network.linear and supported.is_linear(self.target(node))
+        self.network.vectors.append(Vector(node.name, self._caller(node), level, node in self.static))
 
-    def _append(self, node: fx.Node) -> None:
-        target = self._target(node)
-        is_module = isinstance(target, nn.Module)
-        builder = MODULES.get(type(target)) if is_module else FUNCTIONS.get(target)
-        if builder is None:
-            raise self._refuse(node, "cannot be streamed exactly")
-        try:
-            operation = builder(target) if is_module else builder(*node.args, **node.kwargs)
-        except (ValueError, TypeError) as error:
-            raise self._refuse(node, str(error)) from error
-        self._refuse_hooks(node)
-        inputs = tuple(self.trunk[n] for n in node.args if isinstance(n, fx.Node))
-        if operation is None:
-            self.trunk[node] = inputs[0]
-            return
-        if isinstance(target, nn.BatchNorm2d) and self._folds(node):
-            producer = next(n for n in self.network.nodes if n.name == inputs[0])
-            assert isinstance(producer.operation, op.Convolution)
-            producer.operation.fold(target)
-            self.trunk[node] = producer.name
-            return
-        if self._overwrites(node):  # who reads the input from now on, under whatever name, sees the result
-            self.trunk.update({other: node.name for other, value in self.trunk.items() if value == inputs[0]})
-        self.trunk[node] = node.name
-        self.network.nodes.append(Node(node.name, operation, inputs, self._path(node)))
+    def _caller(self, node: fx.Node) -> Callable[[Mapping[str, Any]], Any]:
+        net, target = self.net, node.target
 
-    def _folds(self, node: fx.Node) -> bool:
-        """Whether a batch norm directly follows a convolution whose result nobody else reads."""
-        (source,) = node.all_input_nodes
-        return isinstance(self._target(source), nn.Conv2d) and len(source.users) == 1 and source.op == "call_module"
+        def call(env: Mapping[str, Any]) -> Any:
+            args: Any = fx.map_arg(node.args, lambda n: env[n.name])
+            kwargs: Any = fx.map_arg(node.kwargs, lambda n: env[n.name])
+            if node.op == "get_attr":
+                value: Any = net
+                for part in str(target).split("."):
+                    value = getattr(value, part)
+                return value
+            if node.op == "call_module":
+                return net.get_submodule(str(target))(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(target))(*args[1:], **kwargs)
+            return target(*args, **kwargs)  # type: ignore[operator]
 
-    def _overwrites(self, node: fx.Node) -> bool:
-        target = self._target(node)
-        if isinstance(target, nn.Module):
-            return bool(getattr(target, "inplace", False))
-        inplace = node.kwargs.get("inplace", node.args[1] if target is F.relu and len(node.args) > 1 else False)
-        return target in WRITERS or bool(inplace)
+        return call
+
+    def _element(self, node: fx.Node) -> None:
+        source = node.all_input_nodes[0]
+        if node.target is not operator.getitem or not isinstance(node.args[1], int):
+            raise self.refusal(node, "takes several maps at once, which cannot be streamed")
+        self.maps[node] = self.tuples[source][node.args[1]]
+
+    def _output(self, node: fx.Node) -> None:
+        result, name = node.args[0], type(self.net).__name__
+        if not isinstance(result, fx.Node) or result in self.tuples:
+            what = type(result).__name__
+            raise ValueError(f"{name}.forward gives {what}; it must give logits alone, or one map")
+        if result in self.flat or (result in self.maps and self.maps[result] == self.network.image):
+            raise ValueError(f"{name}.forward gives its input or flattened positions; it must give logits or a map")
+        self.network.output = self.maps.get(result, result.name)
 
     def _refuse_hooks(self, node: fx.Node) -> None:
         """Hooks are code of the user's that sees whole maps; pruning and old-style weight norm put them there too."""
-        target = self._target(node)
-        if isinstance(target, nn.Module) and _has_hooks(target):
-            raise self._refuse(node, "has hooks, which cannot be streamed; remove them first")
+        target = self.target(node)
+        if isinstance(target, nn.Module) and supported.has_hooks(target):
+            raise self.refusal(node, "has hooks, which cannot be streamed; remove them first")
 
     def _prune(self) -> None:
-        """Drops nodes that no pooling depends on."""
-        wanted = {value for value, _ in self.network.pooled.values()}
-        for node in reversed(self.network.nodes):
-            if node.name in wanted:
-                wanted.update(node.inputs)
-        self.network.nodes = [n for n in self.network.nodes if n.name in wanted]
+        """Drops nodes, reductions and vectors that the result does not depend on."""
+        network, wanted = self.network, {self.network.output}
+        used: dict[str, tuple[str, ...]] = {n.name: (*n.inputs, *n.vectors) for n in network.nodes}
+        used |= {name: (r.source,) for name, r in network.reductions.items()}
+        inputs = {n.name: tuple(i.name for i in n.all_input_nodes) for n in self.graph.nodes}
+        used |= {v.name: getattr(v.call, "inputs", inputs.get(v.name, ())) for v in network.vectors}
+        stack = [network.output, *(v.name for v in network.vectors if v.static)]  # shapes are asked of maps
+        while stack:
+            for name in used.get(stack.pop(), ()):
+                if name not in wanted:
+                    wanted.add(name)
+                    stack.append(name)
+        statics = {v.name for v in network.vectors if v.static}
+        network.nodes = [n for n in network.nodes if n.name in wanted]
+        network.reductions = {name: r for name, r in network.reductions.items() if name in wanted}
+        network.vectors = [v for v in network.vectors if v.name in wanted or v.name in statics]
+        known = {network.image, *(n.name for n in network.nodes)}
+        if not network.reductions and network.output not in known:
+            raise ValueError(f"{type(self.net).__name__}.forward does not depend on its input")
 
-    def _measure_channels(self) -> None:
+    def _measure(self) -> None:
+        """Channels and strides of all maps."""
         network = self.network
-        first = next((n for n in network.nodes if isinstance(n.operation, op.Convolution)), None)
+        first = next((n for n in network.nodes if isinstance(n.operation, Convolution)), None)
         if first is None:
             raise ValueError(
                 f"{type(self.net).__name__} has no convolution, so the number of input channels is not known"
             )
-        assert isinstance(first.operation, op.Convolution)
+        assert isinstance(first.operation, Convolution)
         added = {network.image: 0}  # channels that were padded on between the image and that convolution
         for node in network.nodes[: network.nodes.index(first)]:
-            added[node.name] = node.operation.channels(max(added[name] for name in node.inputs))
-        network.channels = first.operation.weight.shape[1] * first.operation.groups - added[first.inputs[0]]
-        channels, strides = {network.image: network.channels}, {network.image: (1, 1)}
+            added[node.name] = node.operation.channels(*(added.get(name, 0) for name in node.inputs))
+        network.channels = first.operation.conv.in_channels - added[first.inputs[0]]
+        channels = {network.image: network.channels}
+        strides: dict[str, Stride] = {network.image: (1, 1)}
         for node in network.nodes:
-            step = node.operation.window.stride if isinstance(node.operation, op.Windowed) else (1, 1)
             y, x = strides[node.inputs[0]]
-            # an addition may repeat a map of one channel over all those of the other
-            node.channels = channels[node.name] = node.operation.channels(max(channels[name] for name in node.inputs))
-            node.stride = strides[node.name] = (y * step[0], x * step[1])
+            step = supported.step(node.operation)
+            node.channels = channels[node.name] = node.operation.channels(*(channels[name] for name in node.inputs))
+            node.stride = strides[node.name] = (supported.whole(y * step[0]), supported.whole(x * step[1]))
+        for reduction in network.reductions.values():
+            reduction.channels = channels[reduction.source]
 
-    def _is_linear(self, node: fx.Node) -> bool:
-        target = self._target(node)
-        if isinstance(target, nn.Module):
-            return type(target) in LINEAR_HEAD and not _has_hooks(target)
-        return target in RESHAPES
-
-    def _head(self) -> nn.Module:
-        """The graph after the poolings, with a placeholder where each pooling stood."""
-        graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
-        for node in self.graph.nodes:
-            if node.name in self.network.pooled:
-                copied[node] = graph.placeholder(node.name)
-        for node in self.graph.nodes:
-            if node.op == "output":
-                if any(n in self.trunk for n in node.all_input_nodes):
-                    raise ValueError(f"{type(self.net).__name__}.forward returns a map; it must give logits alone")
-                graph.output(fx.map_arg(node.args[0], lambda n: copied[n]))
-            elif node not in copied and (node in self.head or node.op == "get_attr"):
-                copied[node] = graph.node_copy(node, lambda n: copied[n])
-        return fx.GraphModule(self.net, graph).eval()
-
-    def _check_logits(self) -> None:
-        channels = {self.network.image: self.network.channels, **{n.name: n.channels for n in self.network.nodes}}
-        pooled = [
-            torch.zeros(1, channels[value], 1, 1, dtype=self.network.dtype, device=self.network.device)
-            for value, _ in self.network.pooled.values()
-        ]
+    def _check(self) -> None:
+        """Runs the vectors on zeros: what comes out must be logits, what goes back to maps must be one pixel each."""
+        network, channels = self.network, self.network.channels_of()
+        if any(v.static for v in network.vectors):
+            return  # known only with the image's extent
+        env: dict[str, Any] = {
+            name: r.shaped(torch.zeros(r.size(), dtype=network.dtype, device=network.device))
+            for name, r in network.reductions.items()
+        }
         with torch.no_grad():
-            logits = self.network.head(*pooled)
+            for level in range(network.levels()):
+                network.evaluate(env, level)
+        for node in network.nodes:
+            for name in node.vectors:
+                value = env[name]
+                spatial = value.shape[2 if value.ndim > 3 else 1 :] if isinstance(value, Tensor) else ()
+                if any(n > 1 for n in spatial):
+                    raise ValueError(f"{node.path or node.name}: meets a map with {tuple(value.shape)}; only one "
+                                     "value a channel, (N, C, 1, 1), can be streamed")  # fmt: skip
+        if network.output in channels:
+            return
+        logits, what = env[network.output], type(self.net).__name__
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
-            raise ValueError(f"{type(self.net).__name__}.forward gives {shape}; it must give logits (N, num_classes)")
+            raise ValueError(f"{what}.forward gives {shape}; it must give logits (N, num_classes) or a map")
 
-    def _path(self, node: fx.Node) -> str:
+    def path(self, node: fx.Node) -> str:
         if node.op == "call_module":
             return str(node.target)
         stack = node.meta.get("nn_module_stack") or {}
         return list(stack)[-1] if stack else ""
 
-    def _refuse(self, node: fx.Node, why: str) -> ValueError:
-        target = self._target(node)
+    def refusal(self, node: fx.Node, why: str) -> ValueError:
+        target = self.target(node)
         what = type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", str(target))
-        return ValueError(f"{self._path(node) or '(root)'}: {what}: {why}")
+        return ValueError(f"{self.path(node) or '(root)'}: {what}: {why}")
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
-    )
+class _Context:
+    """One fx node that reads maps, and how to put what it means into the network."""
 
+    def __init__(self, builder: _Builder, node: fx.Node) -> None:
+        self.builder, self.node = builder, node
+        self.network, self.target = builder.network, builder.target(node)
+        self.args, self.kwargs = node.args, node.kwargs
+        self.is_module = isinstance(self.target, nn.Module)
+        self.overwrites = False
 
-def head_gradient(network: Network, pooled: list[Tensor], target: int) -> list[Tensor]:
-    """d logit[target] / d pooled, (1, C, 1, 1) each."""
-    leaves = [p.detach().requires_grad_() for p in pooled]
-    with torch.enable_grad():
-        logits = network.head(*(leaf.clone() for leaf in leaves))  # clones, for a head may write on them
-        if not 0 <= target < logits.shape[1]:
-            raise ValueError(f"target={target} must be in [0, {logits.shape[1]}): the network has that many classes")
-        return list(torch.autograd.grad(logits[0, target], leaves, allow_unused=True, materialize_grads=True))
+    def is_map(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value in self.builder.maps
+
+    def is_static(self, value: Any) -> bool:
+        """Whether a value, or any part of it, follows from the image's size."""
+        found: list[fx.Node] = []
+
+        def look(node: fx.Node) -> fx.Node:
+            found.append(node)
+            return node
+
+        fx.map_arg(value, look)
+        return bool(found) and all(n in self.builder.static for n in found)
+
+    def is_flat(self, value: fx.Node) -> bool:
+        return value in self.builder.flat
+
+    def resolve(self, value: Any, known: Mapping[str, Any]) -> Any:
+        return fx.map_arg(value, lambda n: known[n.name])
+
+    def alias(self, source: fx.Node, flat: bool | None = None) -> None:
+        """The node is the same map as `source`, seen with flat positions or not."""
+        self.builder.maps[self.node] = self.builder.maps[source]
+        if self.is_flat(source) if flat is None else flat:
+            self.builder.flat.add(self.node)
+
+    def shape(self, source: fx.Node, call: Callable[[Any], Any]) -> None:
+        """The node is something about the shape of the map `source`."""
+        value, flat = self.builder.maps[source], self.is_flat(source)
+
+        def get(known: Mapping[str, Any]) -> Any:
+            n, c, h, w = known[value]
+            return call(torch.Size((n, c, h * w)) if flat else torch.Size((n, c, h, w)))
+
+        get.inputs = (value,)  # type: ignore[attr-defined]
+        self.builder.static.add(self.node)
+        self.builder.levels[self.node.name] = 0
+        self.network.vectors.append(Vector(self.node.name, get, 0, True))
+
+    def map(
+        self, operation: Operation, inputs: tuple[Any, ...], vectors: tuple[str, ...] = (), *,
+        make: Any = None, name: str | None = None, overwrites: bool = False,
+    ) -> str:  # fmt: skip
+        """Appends a step over maps; returns the name of its result, which is the node's value unless it has a name."""
+        builder, own = self.builder, name or self.node.name
+        values = tuple(i if isinstance(i, str) else builder.maps[i] for i in inputs)
+        level = max([builder.levels[v] for v in values] + [builder.levels[v] for v in vectors if v in builder.levels])
+        if overwrites:  # who reads the input from now on, under whatever name, sees the result
+            builder.maps.update({other: own for other, value in builder.maps.items() if value == values[0]})
+        builder.levels[own] = level
+        self.network.linear &= not vectors
+        self.network.nodes.append(
+            Node(own, operation, values, builder.path(self.node), vectors, level=level, make=make)
+        )
+        if name is None:
+            builder.maps[self.node] = own
+            if any(isinstance(i, fx.Node) and self.is_flat(i) for i in inputs):
+                builder.flat.add(self.node)
+        return own
+
+    def extent_vector(self, name: str, source: str) -> None:
+        """Appends the number of positions of a map."""
+        self.builder.levels[name] = 0
+
+        def area(known: Mapping[str, Any]) -> int:
+            return int(known[source][2] * known[source][3])
+
+        area.inputs = (source,)  # type: ignore[attr-defined]
+        self.network.vectors.append(Vector(name, area, 0, True))
+
+    def parts(self, names: list[str]) -> None:
+        """The node is a tuple of these maps."""
+        self.builder.tuples[self.node] = names
+
+    def reduce(self, reduction: Reduction, name: str | None = None) -> str:
+        """Appends a reduction; it is the node's value unless it has a name."""
+        own = name or self.node.name
+        level = self.builder.levels[reduction.source] + 1
+        self.builder.levels[own], reduction.level = level, level
+        self.network.linear &= reduction.kind == "mean" and level == 1
+        self.network.reductions[own] = reduction
+        return own
+
+    def vector(self, name: str, call: Callable[[Mapping[str, Any]], Any], inputs: tuple[str, ...]) -> str:
+        """Appends a vector computed from others."""
+        level = max(self.builder.levels[i] for i in inputs)
+        call.inputs = inputs  # type: ignore[attr-defined]
+        self.builder.levels[name] = level
+        self.network.linear = False
+        self.network.vectors.append(Vector(name, call, level, False))
+        return name
+
+    def value(self, source: fx.Node) -> str:
+        return self.builder.maps[source]
+
+    def producer(self, source: fx.Node) -> Node | None:
+        return next((n for n in self.network.nodes if n.name == self.builder.maps[source]), None)

@@ -1,10 +1,13 @@
-"""Boxes, sliding windows and tile plans: the arithmetic of exact tiling, in the standard library alone.
+"""Boxes, windows along an axis and tile plans: the arithmetic of exact tiling, in the standard library alone.
 
 Order is (y, x), boxes are half-open, nothing is clamped or rounded without being asked for.
 """
 
-from .plan import Tile, TilePlan, tile_regions
+from .axis import Axis, Interval, Pixel, Sliding, Table, Transposed
+from .plan import Plan, SegmentPlan, Tile, TilePlan, tile_regions
 from .region import Extent, Region, interior
-from .window import Window
 
-__all__ = ["Extent", "Region", "Tile", "TilePlan", "Window", "interior", "tile_regions"]
+__all__ = [
+    "Axis", "Extent", "Interval", "Pixel", "Plan", "Region", "SegmentPlan", "Sliding", "Table", "Tile", "TilePlan",
+    "Transposed", "interior", "tile_regions",
+]  # fmt: skip

@@ -108,6 +108,66 @@ class TilePlan:
         )
 
 
+@dataclass(frozen=True)
+class SegmentPlan:
+    """Nodes [start, stop) of the network, with the tiles of its sweeps, (height, width) in image px."""
+
+    start: int
+    stop: int
+    forward_px: tuple[int, int]
+    backward_px: tuple[int, int]
+    tile_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one image goes through the network: the segments between stored maps, each with its tiles.
+
+    `mode` is how gradients come back: "scatter" (tiles own outputs) or "gather" (tiles own inputs), see the engine's
+    DESIGN.md. `peak_bytes` is what the whole call adds to the process, `scratch_bytes` the part of it that stored maps
+    may take before they go to files, `stored_bytes` all that is stored at once. `flops` counts all sweeps with their
+    halos, `whole_flops` the un-tiled pass, forward and backward.
+    """
+
+    image: Extent
+    mode: str
+    segments: tuple[SegmentPlan, ...]
+    paths: tuple[str, ...]
+    """For each segment the module that it starts with."""
+    halo_px: int
+    peak_bytes: int
+    scratch_bytes: int
+    stored_bytes: int
+    flops: int
+    whole_flops: int
+    seconds: float
+    """What the cost model expects, on a machine like the one it was measured on: to compare plans by."""
+
+    @property
+    def overhead(self) -> float:
+        """FLOPs over those of the un-tiled pass; 1.0 means that nothing is computed twice."""
+        return self.flops / self.whole_flops if self.whole_flops else 1.0
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the forward sweep, over all segments."""
+        return sum(-(-self.image[0] // s.forward_px[0]) * -(-self.image[1] // s.forward_px[1]) for s in self.segments)
+
+    def __str__(self) -> str:
+        head = (
+            f"image {self.image[0]} x {self.image[1]} px, {self.mode}, {self.tiles} tiles in {len(self.segments)} "
+            f"segment{'s' * (len(self.segments) > 1)}, halo {self.halo_px} px, peak {_bytes(self.peak_bytes)}, "
+            f"{self.flops / 1e9:.1f} GFLOP ({self.overhead:.2f}x the uncut image)"
+        )
+        rows = [
+            f"  from {path or 'the image'}: tiles of {s.forward_px[0]} x {s.forward_px[1]} px"
+            + (f", back {s.backward_px[0]} x {s.backward_px[1]} px" if s.backward_px != s.forward_px else "")
+            + f", {_bytes(s.tile_bytes)}"
+            for s, path in zip(self.segments, self.paths, strict=True)
+        ]
+        return "\n".join([head, *rows])
+
+
 def tile_regions(extent: Extent, size: tuple[int, int]) -> list[Region]:
     """Cuts a map into boxes of `size` in row-major order, smaller at the far borders.
 

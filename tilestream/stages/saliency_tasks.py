@@ -7,6 +7,7 @@ plans are read once a process, by path and hash.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -84,7 +85,7 @@ def source(task: Task) -> Source:
     image = Store(task.store).image(task.id)
     _, average = network(task.model, task.model_sha256, task.net)
     if average is None or task.extremes is None:
-        return image  # type: ignore[return-value]
+        return image
     return Normalised(image, average, task.extremes)
 
 
@@ -185,7 +186,7 @@ def _unsquash(position: int, length: int, size_px: int) -> int:
 
 
 def _stride_multiple(net: Network, size_px: int) -> int:
-    stride = max(net.nodes[-1].stride)
+    stride = math.ceil(max(net.nodes[-1].stride))
     return -(-size_px // stride) * stride
 
 

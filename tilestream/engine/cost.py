@@ -1,0 +1,193 @@
+"""What a segment costs with tiles of a given size: bytes at the peak, FLOPs, seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from tilestream.geometry import Extent, Region
+
+from .operations import Convolution, MaxPool, ReLU
+from .segment import Segment
+from .tile import keeps
+from .trace import Network, Node
+
+CONVOLUTION_FLOPS, BYTES_PER_S, FAULTED_BYTES_PER_S, STEP_S = 4e11, 2e10, 4e9, 6e-5
+"""Two cores of Zen 5: convolution, traffic within caches, traffic that faults pages in, one step's bookkeeping."""
+HEAP_BYTES = 32 * 2**20
+"""Larger buffers are mapped anew each time: glibc's limit."""
+SLACK, FIXED_BYTES = 1.15, 24 * 2**20
+"""What the tensors' sizes do not show: kernels' packed weights and scratch, holes between buffers. Measured."""
+KERNEL_BYTES, KERNELS = 104 * 2**10, 1024
+"""oneDNN keeps a compiled kernel for every shape that a convolution met, up to that many. Measured."""
+
+Areas = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    tile_bytes: int
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Along one axis, for every value: the length that all tiles need together, and the longest."""
+
+    total: dict[str, int]
+    longest: dict[str, int]
+    tiles: int
+    kinds: int
+
+
+class Costs:
+    """Prices tiles of one segment. `way`: "forward", "scatter" (forward and backward at once) or "gather"."""
+
+    def __init__(
+        self, segment: Segment, *, want_weights: bool = False, taped: bool = False, mean: bool = False
+    ) -> None:
+        self.segment, self.network = segment, segment.network
+        self.want_weights, self.taped, self.mean = want_weights, taped, mean
+        self.itemsize = torch.empty((), dtype=self.network.dtype).element_size()
+        self.channels = self.network.channels_of()
+        self.lengths = cache(self._lengths)
+
+    def _lengths(self, axis: int, size: int, gather: bool) -> Lengths:
+        """Some tiles stand for all: those at both ends and one in between, which repeats."""
+        segment, names = self.segment, self.segment.inputs if gather else self.segment.owned
+        bounds = [segment._bounds(name, axis, size) for name in names]
+        tiles = [t for t in zip(*bounds, strict=True) if any(a < b for a, b in t)]
+        count = len(tiles)
+        chosen = (
+            list(range(count)) if count <= 9 else [0, 1, 2, 3, count // 2, count - 4, count - 3, count - 2, count - 1]
+        )
+        total: dict[str, int] = {}
+        longest: dict[str, int] = {}
+        shapes = set()
+        for i in chosen:
+            parts = {n: self._box(axis, *ab) for n, ab in zip(names, tiles[i], strict=True) if ab[0] < ab[1]}
+            regions = segment.gather_regions(parts) if gather else segment.forward_regions(parts)
+            sizes = {n: r.shape[axis] for n, r in regions.items()}
+            shapes.add(tuple(sizes.values()))
+            weight = count - len(chosen) + 1 if i == count // 2 and count > 9 else 1
+            for name, n in sizes.items():
+                total[name] = total.get(name, 0) + n * weight
+                longest[name] = max(longest.get(name, 0), n)
+        return Lengths(total, longest, count, len(shapes))
+
+    @staticmethod
+    def _box(axis: int, lo: int, hi: int) -> Region:
+        return Region(lo, hi, 0, 1) if axis == 0 else Region(0, 1, lo, hi)
+
+    def price(self, size: Extent, way: str) -> Cost:
+        gather = way == "gather"
+        y, x = self.lengths(0, size[0], gather), self.lengths(1, size[1], gather)
+        areas = {n: v * x.longest[n] for n, v in y.longest.items() if n in x.longest}
+        nodes = [n for n in self.segment.nodes if n.name in areas]
+        peak = self._backward_bytes(nodes, areas) if gather else self._forward_bytes(nodes, areas, way == "scatter")
+        flops = traffic = 0
+        for node in nodes:
+            pixels = y.total[node.name] * x.total[node.name]
+            work = node.operation.flops(node.channels)
+            times = 1 if way != "scatter" else 3 if self.want_weights else 2
+            flops += work * pixels * times
+            traffic += node.channels * pixels * self.itemsize * 3 * times
+        tiles = y.tiles * x.tiles
+        biggest = max([self.channels[n] * a * self.itemsize for n, a in areas.items()], default=0)
+        speed = BYTES_PER_S if biggest <= HEAP_BYTES else FAULTED_BYTES_PER_S
+        seconds = flops / CONVOLUTION_FLOPS + traffic / speed + STEP_S * tiles * len(nodes)
+        convolutions = sum(isinstance(n.operation, Convolution) for n in nodes)
+        kernels = min((2 if way == "scatter" else 1) * convolutions * y.kinds * x.kinds, KERNELS)
+        weights = max([w.numel() * self.itemsize for n in nodes for w in n.operation.weights], default=0)
+        gradients = (
+            sum(w.numel() for n in nodes for w in n.operation.weights) * self.itemsize if self.want_weights else 0
+        )
+        fixed = FIXED_BYTES + kernels * KERNEL_BYTES + 2 * weights + 2 * gradients
+        return Cost(int(peak * SLACK) + fixed, flops, seconds)
+
+    def _bytes(self, name: str, areas: Areas) -> int:
+        return self.channels[name] * areas[name] * self.itemsize
+
+    def _tape_bytes(self, node: Node, areas: Areas) -> int:
+        kind = keeps(node.operation, self.want_weights)
+        values = node.channels * areas[node.name]
+        return {"sign": values, "winners": 2 * values}.get(kind, 0)
+
+    def _forward_bytes(self, nodes: list[Node], areas: Areas, scatter: bool) -> int:
+        """Peak of live buffers over a tile, by walking its steps as `tile.forward` and `tile.backward` do them."""
+        users: dict[str, int] = dict.fromkeys(self.segment.owned, 1)
+        for node in nodes:
+            for name in node.inputs:
+                users[name] = users.get(name, 0) + 1
+        live = {name: self._bytes(name, areas) for name in self.segment.inputs if name in areas}
+        kept: dict[str, int] = {}
+        entry = sum(live.values())
+        peak = 2 * entry
+        tape = 0
+        for node in nodes:
+            own, kind = self._bytes(node.name, areas), keeps(node.operation, self.want_weights)
+            read = sum(self._bytes(name, areas) for name in node.inputs)
+            alone = isinstance(node.operation, ReLU) and users[node.inputs[0]] == 1 and node.inputs[0] not in kept
+            extra = read if isinstance(node.operation, Convolution) else 0  # padded or re-ordered
+            if isinstance(node.operation, MaxPool) and (scatter or self.taped):
+                extra = read + 5 * node.channels * areas[node.name] * 8 // 2
+            elif (scatter or self.taped) and kind == "sign":
+                extra += 2 * node.channels * areas[node.name]
+            held = sum(live.values()) + sum(v for n, v in kept.items() if n not in live) + tape
+            peak = max(peak, held + (0 if alone else own) + extra)
+            live[node.name] = own
+            if scatter:
+                tape += self._tape_bytes(node, areas)
+                if kind == "input":
+                    kept.update({name: self._bytes(name, areas) for name in node.inputs})
+            for name in node.inputs:
+                users[name] -= 1
+                if users[name] == 0:
+                    live.pop(name, None)
+        if not scatter:
+            return peak + max((self._bytes(n, areas) for n in self.segment.owned if n in areas), default=0)
+        return max(peak, self._backward_bytes(nodes, areas, sum(kept.values()), tape))
+
+    def _backward_bytes(self, nodes: list[Node], areas: Areas, kept: int = 0, tape: int = 0) -> int:
+        """Peak on the way back, from what the tape holds and the gradients of what the segment gives."""
+        pending = {name: self._bytes(name, areas) for name in self.segment.owned if name in areas}
+        peak = kept + tape + 2 * sum(pending.values())
+        for node in reversed(nodes):
+            own = pending.pop(node.name, 0)
+            inputs = {n: self._bytes(n, areas) for n in node.inputs if n in areas}
+            if self.mean and set(inputs) == {self.network.image}:
+                inputs = {self.network.image: 3 * areas[self.network.image] * self.itemsize}
+            again = sum(v for n, v in inputs.items() if n in pending)
+            extra = self._tape_bytes(node, areas) * (2 if not tape else 1)
+            if isinstance(node.operation, MaxPool):
+                extra += 3 * node.channels * areas[node.name] * 8 + sum(inputs.values())
+            elif isinstance(node.operation, Convolution):
+                extra += own + sum(inputs.values())
+            held = kept + tape + sum(pending.values())
+            peak = max(peak, held + own + 2 * sum(inputs.values()) + again + extra)
+            pending.update(inputs)
+            tape = max(0, tape - self._tape_bytes(node, areas)) if tape else 0
+        return peak + max((self._bytes(n, areas) for n in self.segment.inputs if n in areas), default=0)
+
+
+def sizes(extent: Extent, stride: tuple[int, int]) -> list[Extent]:
+    """Tile sizes to choose from, in image px: each axis in equal parts on the segment's grid, not too long and thin."""
+    axes = []
+    for n, s in zip(extent, stride, strict=True):
+        cells = -(-n // s)
+        parts = [p for p in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256)
+                 if p <= cells]  # fmt: skip
+        axes.append(sorted({-(-cells // p) * s for p in [*parts, cells]}, reverse=True))
+    return [(y, x) for y in axes[0] for x in axes[1] if (x <= 8 * y and y <= 4 * x) or (x == axes[1][0])]
+
+
+def whole_flops(network: Network, want_weights: bool) -> int:
+    """FLOPs of the un-tiled pass, forward and backward."""
+    extents = network.extents
+    forward = sum(n.operation.flops(n.channels) * math.prod(extents[n.name]) for n in network.nodes)
+    return forward * (3 if want_weights else 2)

@@ -1,0 +1,122 @@
+"""Maps of whole images that a pass keeps between sweeps: in memory while a budget lasts, in unnamed files beyond."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tilestream.geometry import Extent, Region
+
+Array = npt.NDArray[Any]
+Allocate = Callable[[tuple[int, int, int], np.dtype[Any]], Any]
+"""Gives an array (height, width, values) of zeros that takes and gives blocks [y0:y1, x0:x1]."""
+
+
+class FileArray:
+    """(height, width, values) in a file without a name: nothing is left of it, however the process ends.
+
+    Blocks are read and written, not mapped, so that they count as the system's cache and not as the process's memory.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype[Any], folder: str | None = None) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as the array)
+        self._file.truncate(int(np.prod(shape)) * self.dtype.itemsize)
+
+    def __del__(self) -> None:
+        self._file.close()
+
+    def _rows(self, index: tuple[slice, slice], block: Array) -> list[tuple[memoryview, int]]:
+        """The pieces of a contiguous block that lie together in the file, with their places."""
+        (_, width, values), (y, x) = self.shape, index
+        pixel = values * self.dtype.itemsize
+        if x.start == 0 and x.stop == width:
+            return [(memoryview(block.data).cast("B"), y.start * width * pixel)] if block.size else []
+        return [(memoryview(row).cast("B"), ((y.start + i) * width + x.start) * pixel) for i, row in enumerate(block)]
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Array:
+        y, x = index
+        block = np.empty((y.stop - y.start, x.stop - x.start, self.shape[2]), self.dtype)
+        for part, place in self._rows(index, block):
+            while len(part):
+                done = os.preadv(self._file.fileno(), [part], place)
+                if done == 0:
+                    raise OSError("a scratch file is shorter than it was made")
+                part, place = part[done:], place + done
+        return block
+
+    def __setitem__(self, index: tuple[slice, slice], block: Array) -> None:
+        for part, place in self._rows(index, np.ascontiguousarray(block, self.dtype)):
+            while len(part):
+                done = os.pwrite(self._file.fileno(), part, place)
+                part, place = part[done:], place + done
+
+
+class Scratch:
+    """Hands out maps; `memory` bytes of them stay in memory, the others are made by `allocate` (files by default)."""
+
+    def __init__(self, memory: int, allocate: Allocate = FileArray) -> None:
+        self.left, self.allocate = memory, allocate
+
+    def map(self, channels: int, extent: Extent, dtype: torch.dtype, device: torch.device) -> Stored:
+        kind = torch.empty((), dtype=dtype).numpy().dtype
+        shape = (*extent, channels)
+        size = int(np.prod(shape)) * kind.itemsize
+        if size <= self.left:
+            self.left -= size
+            return Stored(np.zeros(shape, kind), dtype, device, lambda: self._give_back(size))
+        return Stored(self.allocate(shape, kind), dtype, device, lambda: None)
+
+    def _give_back(self, size: int) -> None:
+        self.left += size
+
+
+class Stored:
+    """A map (1, C, H, W) that is read and written by regions."""
+
+    def __init__(self, array: Any, dtype: torch.dtype, device: torch.device, freed: Callable[[], None]) -> None:
+        self.array, self.dtype, self.device, self._freed = array, dtype, device, freed
+
+    def free(self) -> None:
+        if self.array is not None:
+            self.array = None
+            self._freed()
+
+    def read(self, region: Region) -> Tensor:
+        """(1, C, h, w), channels-last, a copy."""
+        block = np.array(self.array[region.y0 : region.y1, region.x0 : region.x1])
+        return torch.from_numpy(block).to(self.device).permute(2, 0, 1)[None]
+
+    def write(self, region: Region, values: Tensor) -> None:
+        block = values[0].permute(1, 2, 0).contiguous().cpu().numpy()
+        self.array[region.y0 : region.y1, region.x0 : region.x1] = block
+
+    def add(self, region: Region, values: Tensor) -> None:
+        self.write(region, self.read(region) + values)
+
+
+class Bits:
+    """A map of booleans (1, C, H, W), eight to the byte along the channels."""
+
+    def __init__(self, scratch: Scratch, channels: int, extent: Extent, device: torch.device) -> None:
+        self.channels = channels
+        self.stored = scratch.map(-(-channels // 8), extent, torch.uint8, device)
+
+    def free(self) -> None:
+        self.stored.free()
+
+    def write(self, region: Region, values: Tensor) -> None:
+        packed = np.packbits(values[0].permute(1, 2, 0).contiguous().cpu().numpy(), axis=-1)
+        self.stored.array[region.y0 : region.y1, region.x0 : region.x1] = packed
+
+    def read(self, region: Region) -> Tensor:
+        packed = np.asarray(self.stored.array[region.y0 : region.y1, region.x0 : region.x1])
+        bits = np.unpackbits(packed, axis=-1, count=self.channels).view(bool)
+        return torch.from_numpy(bits).to(self.stored.device).permute(2, 0, 1)[None]

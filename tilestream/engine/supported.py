@@ -1,0 +1,571 @@
+"""What can be streamed: for every module, function and method the steps over maps, reductions, vectors it becomes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tilestream.geometry import Sliding, Transposed
+
+from . import operations as op
+from .reductions import Reduction
+
+Number = int | Fraction
+Stride = tuple[Number, Number]
+Context = Any
+LINEAR_HEAD = (nn.Linear, nn.Flatten, nn.Identity, nn.Dropout)
+RESHAPES = (torch.flatten, torch.squeeze, "flatten", "view", "reshape", "squeeze", "size", getattr, operator.getitem)
+
+
+def is_linear(target: Any) -> bool:
+    """Whether a module or function of the head is linear."""
+    if isinstance(target, nn.Module):
+        return type(target) in LINEAR_HEAD and not has_hooks(target)
+    return target in RESHAPES
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def step(operation: op.Operation) -> Stride:
+    """Pixels of the input between neighbours of the output."""
+    if isinstance(operation, op.Windowed):
+        return operation.stride
+    if all(isinstance(a, Transposed) for a in operation.axes):
+        y, x = operation.axes
+        return Fraction(1, y.stride), Fraction(1, x.stride)  # type: ignore[attr-defined]
+    return 1, 1
+
+
+def whole(value: Number) -> Number:
+    return int(value) if value == int(value) else value
+
+
+def add(ctx: Context) -> None:
+    """Puts what a node of the recorded graph means into the network; ValueError says why it cannot be streamed."""
+    if ctx.is_module:
+        handler = MODULES.get(type(ctx.target))
+        if handler is None:
+            raise ValueError("cannot be streamed exactly")
+        handler(ctx, ctx.target, *ctx.args)
+        return
+    handler = FUNCTIONS.get(ctx.target)
+    if handler is None:
+        raise ValueError("cannot be streamed exactly")
+    handler(ctx, *ctx.args, **ctx.kwargs)
+
+
+# ---- pointwise
+
+
+def _elementwise(ctx: Context, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A function of maps, vectors and constants, pixel by pixel."""
+    maps: list[fx.Node] = []
+    vectors: list[fx.Node] = []
+    for value in args:
+        if isinstance(value, fx.Node):
+            (maps if ctx.is_map(value) else vectors).append(value)
+    if any(isinstance(v, fx.Node) for v in kwargs.values()) or not maps:
+        raise ValueError("takes a map or vector by name; pass it by position")
+    if len({ctx.is_flat(m) for m in maps}) > 1:
+        raise ValueError("mixes a map with one whose positions were flattened")
+    flat = ctx.is_flat(maps[0])
+    where = [(0, maps.index(a)) if a in maps else (1, vectors.index(a)) if isinstance(a, fx.Node) else (2, a)
+             for a in args]  # fmt: skip
+
+    def apply(*tensors: Tensor) -> Any:
+        small = [_spread(v) if flat else v for v in tensors[len(maps) :]]
+        filled = [tensors[i] if kind == 0 else small[i] if kind == 1 else i for kind, i in where]
+        return function(*filled, **kwargs)
+
+    ctx.map(op.Pointwise(apply), tuple(maps), tuple(v.name for v in vectors), overwrites=ctx.overwrites)
+
+
+def _spread(v: Any) -> Any:
+    return v[..., None] if isinstance(v, Tensor) and v.ndim == 3 else v
+
+
+def _overwriting(ctx: Context, inplace: bool) -> None:
+    ctx.overwrites = inplace
+
+
+def _module(ctx: Context, module: Any, x: Any) -> None:
+    _overwriting(ctx, bool(getattr(module, "inplace", False)))
+    if ctx.overwrites:
+        module = copy.copy(module)
+        module.inplace = False
+    _elementwise(ctx, module, (x,), {})
+
+
+def _prelu(ctx: Context, module: nn.PReLU, x: Any) -> None:
+    ctx.map(op.Pointwise(F.prelu, weights=lambda: [module.weight]), (x,))
+
+
+def _named(function: Callable[..., Any], inplace: bool = False) -> Callable[..., None]:
+    def handle(ctx: Context, *args: Any, **kwargs: Any) -> None:
+        _overwriting(ctx, inplace or bool(kwargs.pop("inplace", False)))
+        kwargs.pop("out", None)
+        _elementwise(ctx, function, args, kwargs)
+
+    return handle
+
+
+def _arithmetic(function: Callable[..., Any], inplace: bool = False) -> Callable[..., None]:
+    def handle(ctx: Context, x: Any, y: Any, alpha: float = 1) -> None:
+        _overwriting(ctx, inplace and ctx.is_map(x))
+        if function in (operator.add, operator.sub) and alpha == 1 and ctx.is_map(x) and ctx.is_map(y):
+            if ctx.is_flat(x) != ctx.is_flat(y):
+                raise ValueError("mixes a map with one whose positions were flattened")
+            ctx.map(op.Add(1 if function is operator.add else -1), (x, y), overwrites=ctx.overwrites)
+            return
+        scaled = function if alpha == 1 else lambda a, b: function(a, alpha * b)
+        _elementwise(ctx, scaled, (x, y), {})
+
+    return handle
+
+
+def _relu(inplace: bool = False) -> Callable[..., None]:
+    def handle(ctx: Context, x: Any, overwrite: bool = False, **kwargs: Any) -> None:
+        ctx.map(op.ReLU(), (x,), overwrites=bool(inplace or overwrite or kwargs.get("inplace", False)))
+
+    return handle
+
+
+def _softmax(log: bool) -> Callable[..., None]:
+    def handle(ctx: Context, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
+        if dtype is not None:
+            raise ValueError(f"softmax(dtype={dtype}) cannot be streamed; leave dtype out")
+        if not ctx.is_flat(x):
+            if dim not in (1, -3):
+                raise ValueError(f"softmax over dim={dim}; of a map only channels (dim=1) can be streamed, "
+                                 "or all positions after flatten(2)")  # fmt: skip
+            _elementwise(ctx, F.log_softmax if log else F.softmax, (x,), {"dim": 1})
+        elif dim in (1, -2):
+            _elementwise(ctx, F.log_softmax if log else F.softmax, (x,), {"dim": 1})
+        elif dim in (2, -1):
+            name = ctx.reduce(Reduction("logsumexp", ctx.value(x)), f"{ctx.node.name}_lse")
+            function = (lambda a, b: a - b.to(a)) if log else (lambda a, b: torch.exp(a - b.to(a)))
+            ctx.map(op.Pointwise(function), (x,), (name,))
+        else:
+            raise ValueError(f"softmax over dim={dim} cannot be streamed")
+
+    return handle
+
+
+# ---- windows
+
+
+def _convolution(ctx: Context, conv: nn.Conv2d, x: Any) -> None:
+    if conv.padding_mode == "zeros":
+        ctx.map(op.Convolution(conv), (x,))
+        return
+    plain = copy.copy(conv)  # shares the parameters
+    (top, bottom), (left, right) = op._convolution_padding(conv)
+    plain.padding_mode, plain.padding = "zeros", (0, 0)
+    name = _border(ctx, x, (left, right, top, bottom), conv.padding_mode, f"{ctx.node.name}_pad")
+    ctx.map(op.Convolution(plain), (name,))
+
+
+def _transposed(ctx: Context, conv: nn.ConvTranspose2d, x: Any, output_size: Any = None) -> None:
+    if output_size is not None:
+        raise ValueError("output_size cannot be streamed; use output_padding")
+    ctx.map(op.TransposedConvolution(conv), (x,))
+
+
+def _batch_norm(ctx: Context, norm: nn.BatchNorm2d, x: fx.Node) -> None:
+    source = ctx.builder.target(x)
+    producer = ctx.producer(x)
+    alone = len(x.users) == 1 and x.op == "call_module" and type(source) is nn.Conv2d
+    if alone and producer is not None and isinstance(producer.operation, op.Convolution):
+        op.frozen_norm(norm)
+        producer.operation.fold(norm)
+        ctx.alias(x)
+    else:
+        ctx.map(op.batch_norm(norm), (x,))
+
+
+def _slide(kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool) -> tuple[Sliding, Sliding]:
+    k, p, d = op.pair(kernel), op.pair(padding), op.pair(dilation)
+    s = op.pair(k if stride is None or stride == [] else stride)
+    return Sliding(k[0], s[0], p[0], p[0], d[0], ceil), Sliding(k[1], s[1], p[1], p[1], d[1], ceil)
+
+
+def _max_pool(
+    ctx: Context, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
+) -> None:  # fmt: skip
+    if return_indices:
+        raise ValueError("max pooling with return_indices=True cannot be streamed; use False")
+    ctx.map(op.MaxPool(*_slide(kernel_size, stride, padding, dilation, ceil_mode)), (x,))
+
+
+def _average_pool(
+    ctx: Context, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> None:  # fmt: skip
+    axes = _slide(kernel_size, stride, padding, 1, ceil_mode)
+    ctx.map(op.AveragePool(*axes, count_include_pad, divisor_override), (x,))
+
+
+# ---- resampling and padding
+
+
+def _interpolate(
+    ctx: Context, x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
+    align_corners: bool | None = None, recompute_scale_factor: bool | None = None, antialias: bool = False,
+) -> None:  # fmt: skip
+    if mode not in ("nearest", "bilinear") or antialias:
+        raise ValueError(f"mode={mode!r}, antialias={antialias} cannot be streamed; use nearest or bilinear")
+
+    def make(known: Any, inputs: Any) -> op.Operation:
+        extent, want = inputs[0], ctx.resolve(size, known)
+        factors: list[Any] = [None, None]
+        if want is None:
+            given = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * 2
+            want = [math.floor(n * f) for n, f in zip(extent, given, strict=True)]
+            factors = [None, None] if recompute_scale_factor else list(given)
+        want = want if isinstance(want, (tuple, list)) else (want, want)
+        lines = [op.resized(n, int(w), mode, align_corners, f) for n, w, f in zip(extent, want, factors, strict=True)]
+        return op.Resample(*lines)
+
+    if size is not None and not isinstance(size, int) and not ctx.is_static(size):
+        size = tuple(size)
+    ctx.map(op.Pointwise(lambda v: v, linear=True), (x,), make=make)
+
+
+def _upsample(ctx: Context, module: nn.Upsample, x: Any) -> None:
+    _interpolate(ctx, x, module.size, module.scale_factor, module.mode, module.align_corners,
+                 module.recompute_scale_factor)  # fmt: skip
+
+
+def _border(ctx: Context, x: Any, sides: Any, mode: str, name: str | None = None) -> str:
+    """Pads or crops (left, right, top, bottom)."""
+
+    def make(known: Any, inputs: Any) -> op.Operation:
+        left, right, top, bottom = (int(v) for v in ctx.resolve(tuple(sides), known))
+        (h, w), kind = inputs[0], "constant" if mode == "zeros" else mode
+        return op.Resample(op.bordered(h, top, bottom, kind), op.bordered(w, left, right, kind))
+
+    result: str = ctx.map(op.Pointwise(lambda v: v, linear=True), (x,), make=make, name=name)
+    return result
+
+
+def _pad(ctx: Context, x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> None:
+    sizes = tuple(pad)
+    if value or len(sizes) not in (2, 4, 6):
+        raise ValueError(
+            f"pad={pad} value={value} cannot be streamed; only zeros, over (x), (x, y) or (x, y, channels)"
+        )
+    before, after = sizes[4:6] if len(sizes) == 6 else (0, 0)
+    if not isinstance(before, int) or not isinstance(after, int) or min(before, after) < 0:
+        raise ValueError(f"pad={pad} cannot be streamed; channels can be added, by a fixed number")
+    inner = sizes[:4] + (0,) * max(0, 4 - len(sizes))
+    if before or after:
+        if mode != "constant":
+            raise ValueError(f"pad={pad} mode={mode!r} cannot be streamed; channels are padded with zeros")
+        if any(v != 0 for v in inner):
+            x = _border(ctx, x, inner, mode, f"{ctx.node.name}_pad")
+        ctx.map(
+            op.Pointwise(
+                lambda t: F.pad(t, (0, 0, 0, 0, before, after)), lambda n: n + before + after, linear=True
+            ), (x,)
+        )  # fmt: skip
+    else:
+        _border(ctx, x, inner, mode)
+
+
+def _pad_module(mode: str) -> Callable[..., None]:
+    def handle(ctx: Context, module: Any, x: Any) -> None:
+        if getattr(module, "value", 0):
+            raise ValueError(f"value={module.value} cannot be streamed; pad with zeros")
+        _border(ctx, x, op_sides(module.padding), mode)
+
+    return handle
+
+
+def op_sides(padding: Any) -> tuple[int, int, int, int]:
+    return (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+
+
+# ---- channels
+
+
+def _cat(ctx: Context, tensors: Any, dim: int = 0) -> None:
+    if dim not in (1, -3) or not all(ctx.is_map(t) for t in tensors) or any(ctx.is_flat(t) for t in tensors):
+        raise ValueError(f"concatenation over dim={dim}; only maps, over channels (dim=1), can be streamed")
+    ctx.map(op.Pointwise(lambda *xs: torch.cat(xs, 1), lambda *n: sum(n), linear=True), tuple(tensors))
+
+
+def _getitem(ctx: Context, x: Any, index: Any) -> None:
+    index = index if isinstance(index, tuple) else (index,)
+    index = tuple(i for i in index if i is not Ellipsis) if index[-1:] == (Ellipsis,) else index
+    whole_ = slice(None)
+    if len(index) < 2 or not all(isinstance(i, slice) for i in index) or index[0] != whole_ or any(
+        i != whole_ for i in index[2:]
+    ):  # fmt: skip
+        raise ValueError(f"index {index} cannot be streamed; channels can be cut out, x[:, a:b]")
+    part = index[1]
+    if any(isinstance(v, fx.Node) for v in (part.start, part.stop, part.step)):
+        raise ValueError(f"index {index} cannot be streamed; give fixed channels")
+    ctx.map(op.Pointwise(lambda t: t[:, part], lambda n: len(range(n)[part]), linear=True), (x,))
+
+
+def _chunk(ctx: Context, x: Any, chunks: int, dim: int = 0) -> None:
+    if dim not in (1, -3) or not isinstance(chunks, int):
+        raise ValueError(f"cut over dim={dim}; only channels (dim=1), in equal parts, can be streamed")
+    names = []
+    for i in range(chunks):
+
+        def cut(t: Tensor, i: int = i) -> Tensor:
+            return torch.chunk(t, chunks, 1)[i]
+
+        def count(c: int, i: int = i) -> int:
+            return max(0, min(-(-c // chunks), c - i * -(-c // chunks)))
+
+        names.append(ctx.map(op.Pointwise(cut, count, linear=True), (x,), name=f"{ctx.node.name}_{i}"))
+    ctx.parts(names)
+
+
+# ---- reductions
+
+
+def _positions(ctx: Context, x: Any, dim: Any) -> bool:
+    """Whether `dim` means all positions of a map; ValueError if it means anything but channels."""
+    dims = tuple(sorted(d % (3 if ctx.is_flat(x) else 4) for d in ((dim,) if isinstance(dim, int) else tuple(dim))))
+    if dims == ((2,) if ctx.is_flat(x) else (2, 3)):
+        return True
+    if dims == (1,):
+        return False
+    raise ValueError(f"reduces dim={dim}; only channels (1) or all positions, (2, 3), can be streamed")
+
+
+def _reduce(kind: str) -> Callable[..., None]:
+    functions: dict[str, Callable[..., Any]] = {"mean": torch.mean, "sum": torch.sum, "amax": torch.amax}
+
+    def handle(ctx: Context, x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> None:
+        if dim is None or dtype is not None:
+            raise ValueError(f"{kind} with dim={dim}, dtype={dtype} cannot be streamed; give dim=(2, 3)")
+        if not _positions(ctx, x, dim):
+            if not keepdim:
+                raise ValueError(f"{kind} over channels drops a dimension; use keepdim=True")
+            _elementwise(ctx, functions[kind], (x,), {"dim": 1, "keepdim": True})
+            node = ctx.network.nodes[-1]
+            node.operation._channels = lambda n: 1
+            return
+        ends = (1, 1) if not ctx.is_flat(x) else (1,)
+
+        def shape(t: Tensor) -> Tensor:
+            return t.reshape(*t.shape[:2], *(ends if keepdim else ()))
+
+        if kind != "sum":
+            ctx.reduce(Reduction("max" if kind == "amax" else "mean", ctx.value(x), shape=shape))
+            return
+        name = ctx.node.name
+        source = ctx.value(x)
+        mean = ctx.reduce(Reduction("mean", source, shape=shape), f"{name}_mean")
+        ctx.extent_vector(f"{name}_area", source)
+        ctx.vector(name, lambda env: env[mean] * env[f"{name}_area"], (mean, f"{name}_area"))
+
+    return handle
+
+
+def _adaptive(kind: str) -> Callable[..., None]:
+    def handle(ctx: Context, x: Any, output_size: Any, return_indices: bool = False) -> None:
+        if return_indices:
+            raise ValueError("returns indices, which cannot be streamed")
+        size = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+        if not all(isinstance(n, int) and n >= 1 for n in size):
+            raise ValueError(f"pools to {output_size}; only a fixed number of rows and columns can be streamed")
+        ctx.reduce(Reduction(kind, ctx.value(x), (size[0], size[1])))  # type: ignore[arg-type]
+
+    return handle
+
+
+def _adaptive_module(kind: str) -> Callable[..., None]:
+    def handle(ctx: Context, module: Any, x: Any) -> None:
+        _adaptive(kind)(ctx, x, module.output_size, getattr(module, "return_indices", False))
+
+    return handle
+
+
+def _spatial_norm(ctx: Context, module: Any, x: Any) -> None:
+    """Group and instance norm: mean and variance of channels in groups, over all positions; then scale and shift."""
+    instance = isinstance(module, nn.InstanceNorm2d)
+    if instance and module.track_running_stats:
+        raise ValueError("instance norm with running statistics cannot be streamed; use track_running_stats=False")
+    name, groups = ctx.node.name, None if instance else module.num_groups
+    moments = ctx.reduce(Reduction("moments", ctx.value(x)), f"{name}_moments")
+
+    def scale(env: Any) -> Tensor:
+        both = env[moments].flatten()
+        channels = len(both) // 2
+        mean, square = both.reshape(2, groups or channels, -1).mean(2)
+        std = torch.rsqrt((square - mean.square()).clamp(min=0) + module.eps)
+        mean, std = (t.repeat_interleave(channels // len(t)) for t in (mean, std))
+        weight = 1.0 if module.weight is None else module.weight.double()
+        shift = -mean * std * weight + (0.0 if module.bias is None else module.bias.double())
+        return torch.cat([std * weight, shift])[None, :, None, None]
+
+    ctx.vector(f"{name}_scale", scale, (moments,))
+
+    def apply(t: Tensor, both: Tensor) -> Tensor:
+        channels = t.shape[1]
+        return t * both[:, :channels].to(t) + both[:, channels:].to(t)
+
+    ctx.map(op.Pointwise(apply), (x,), (f"{name}_scale",))
+
+
+# ---- views
+
+
+def _same(ctx: Context, *args: Any, **kwargs: Any) -> None:
+    """The result is the input itself."""
+    ctx.alias(args[-1] if ctx.is_module else args[0])
+
+
+def _dropout(ctx: Context, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
+    if training:
+        raise ValueError("dropout(training=True) is random; pass training=self.training")
+    ctx.alias(x)
+
+
+def _flatten(ctx: Context, x: Any, start_dim: int = 0, end_dim: int = -1) -> None:
+    if start_dim not in (2, -2) or end_dim not in (-1, 3):
+        raise ValueError(f"flatten({start_dim}, {end_dim}) of a map; only positions, flatten(2), can be streamed")
+    ctx.alias(x, flat=True)
+
+
+def _view(ctx: Context, x: Any, *shape: Any) -> None:
+    shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    given = shape
+    if len(shape) == 1 and ctx.is_static(shape[0]):  # another map's shape
+        shape = (shape[0],) * 4
+    if len(shape) not in (3, 4) or not all(isinstance(s, int) or ctx.is_static(s) for s in shape):
+        raise ValueError(f"view{shape} of a map; only positions flattened, (N, C, -1), and back can be streamed")
+    # checked once sizes are known: the view must keep channels and positions
+    flat, source = len(shape) == 3, ctx.value(x)
+
+    def make(known: Any, inputs: Any) -> op.Operation:
+        n, c, h, w = known[source]
+        sides = ctx.resolve(given, known)
+        want = [int(s) for s in (sides[0] if len(sides) == 1 else sides)]
+        full = [n, c, h * w] if flat else [n, c, h, w]
+        if want.count(-1) > 1 or any(a not in (-1, b) for a, b in zip(want, full, strict=True)):
+            raise ValueError(f"view{tuple(want)} of a map {(n, c, h, w)} cannot be streamed; channels must stay")
+        return op.Pointwise(lambda t: t, linear=True)
+
+    ctx.map(op.Pointwise(lambda t: t, linear=True), (x,), make=make)
+    ctx.builder.flat.discard(ctx.node)
+    if flat:
+        ctx.builder.flat.add(ctx.node)
+
+
+def _getattr(ctx: Context, x: Any, name: str) -> None:
+    calls = {"shape": lambda s: s, "ndim": len, "dtype": lambda s: ctx.network.dtype,
+             "device": lambda s: ctx.network.device}  # fmt: skip
+    if name not in calls:
+        raise ValueError(f".{name} of a map cannot be streamed")
+    ctx.shape(x, calls[name])
+
+
+def _size(ctx: Context, x: Any, dim: int | None = None) -> None:
+    ctx.shape(x, lambda s: s if dim is None else s[dim])
+
+
+ELEMENTWISE_MODULES = (
+    nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish,
+    nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink,
+    nn.Threshold, nn.Softmax2d,
+)  # fmt: skip
+MODULES: dict[Any, Callable[..., None]] = {
+    **dict.fromkeys(ELEMENTWISE_MODULES, _module),
+    nn.PReLU: _prelu,
+    nn.ReLU: lambda ctx, m, x: _relu()(ctx, x, m.inplace),
+    nn.Conv2d: _convolution,
+    nn.ConvTranspose2d: _transposed,
+    nn.BatchNorm2d: _batch_norm,
+    nn.GroupNorm: _spatial_norm,
+    nn.InstanceNorm2d: _spatial_norm,
+    nn.Softmax: lambda ctx, m, x: _softmax(False)(ctx, x, m.dim),
+    nn.LogSoftmax: lambda ctx, m, x: _softmax(True)(ctx, x, m.dim),
+    nn.Identity: _same,
+    nn.Dropout: _same,
+    nn.Dropout2d: _same,
+    nn.Flatten: lambda ctx, m, x: _flatten(ctx, x, m.start_dim, m.end_dim),
+    nn.MaxPool2d: lambda ctx, m, x: _max_pool(
+        ctx, x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+    ),
+    nn.AvgPool2d: lambda ctx, m, x: _average_pool(
+        ctx, x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    ),
+    nn.AdaptiveAvgPool2d: _adaptive_module("mean"),
+    nn.AdaptiveMaxPool2d: _adaptive_module("max"),
+    nn.Upsample: _upsample,
+    nn.UpsamplingBilinear2d: _upsample,
+    nn.UpsamplingNearest2d: _upsample,
+    nn.ZeroPad2d: _pad_module("constant"),
+    nn.ReflectionPad2d: _pad_module("reflect"),
+    nn.ReplicationPad2d: _pad_module("replicate"),
+    nn.CircularPad2d: _pad_module("circular"),
+}
+_MATHS = (
+    "sigmoid", "tanh", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "abs", "neg", "square", "clamp", "clip", "erf",
+    "sin", "cos", "reciprocal", "sign",
+)  # fmt: skip
+_ACTIVATIONS = (
+    "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh",
+    "softplus", "softsign", "logsigmoid", "softshrink", "hardshrink", "tanhshrink",
+)  # fmt: skip
+FUNCTIONS: dict[Any, Callable[..., None]] = {
+    **{getattr(torch, name): _named(getattr(torch, name)) for name in _MATHS},
+    **{name: _named(getattr(torch, name)) for name in _MATHS},
+    **{f"{name}_": _named(getattr(torch, name), True) for name in ("sigmoid", "tanh", "clamp", "exp", "neg", "abs")},
+    **{getattr(F, name): _named(getattr(F, name)) for name in _ACTIVATIONS},
+    F.sigmoid: _named(torch.sigmoid),
+    F.tanh: _named(torch.tanh),
+    operator.neg: _named(operator.neg),
+    torch.maximum: _named(torch.maximum),
+    torch.minimum: _named(torch.minimum),
+    **dict.fromkeys((torch.add, operator.add, "add"), _arithmetic(operator.add)),
+    **dict.fromkeys((operator.iadd, "add_"), _arithmetic(operator.add, True)),
+    **dict.fromkeys((torch.sub, operator.sub, "sub"), _arithmetic(operator.sub)),
+    **dict.fromkeys((operator.isub, "sub_"), _arithmetic(operator.sub, True)),
+    **dict.fromkeys((torch.mul, operator.mul, "mul"), _arithmetic(operator.mul)),
+    **dict.fromkeys((operator.imul, "mul_"), _arithmetic(operator.mul, True)),
+    **dict.fromkeys((torch.div, operator.truediv, "div"), _arithmetic(operator.truediv)),
+    **dict.fromkeys((operator.itruediv, "div_"), _arithmetic(operator.truediv, True)),
+    **dict.fromkeys((torch.pow, operator.pow, "pow"), _arithmetic(operator.pow)),
+    **dict.fromkeys((F.relu, torch.relu, "relu"), _relu()),
+    **dict.fromkeys((torch.relu_, "relu_"), _relu(True)),
+    **dict.fromkeys((F.softmax, torch.softmax, "softmax"), _softmax(False)),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, "log_softmax"), _softmax(True)),
+    **dict.fromkeys((torch.cat, torch.concat), _cat),
+    **dict.fromkeys((torch.chunk, "chunk"), _chunk),
+    operator.getitem: _getitem,
+    F.dropout: _dropout,
+    F.pad: _pad,
+    F.interpolate: _interpolate,
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
+    F.avg_pool2d: _average_pool,
+    F.adaptive_avg_pool2d: _adaptive("mean"),
+    F.adaptive_max_pool2d: _adaptive("max"),
+    **dict.fromkeys((torch.mean, "mean"), _reduce("mean")),
+    **dict.fromkeys((torch.sum, "sum"), _reduce("sum")),
+    **dict.fromkeys((torch.amax, "amax"), _reduce("amax")),
+    **dict.fromkeys((torch.flatten, "flatten"), _flatten),
+    **dict.fromkeys(("view", "reshape", torch.reshape), _view),
+    getattr: _getattr,
+    "size": _size,
+    "dim": lambda ctx, x: ctx.shape(x, len),
+    "contiguous": _same,
+}
+"""By the function itself, or by the name of a method."""
