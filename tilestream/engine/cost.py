@@ -138,7 +138,7 @@ class Costs:
                 extra = read + 5 * node.channels * areas[node.name] * 8 // 2
             elif (scatter or self.taped) and kind == "sign":
                 extra += 2 * node.channels * areas[node.name]
-            held = sum(live.values()) + sum(v for n, v in kept.items() if n not in live) + tape
+            held = sum(live.values()) + tape + sum([v for n, v in kept.items() if n not in live] if kept else ())
             peak = max(peak, held + (0 if alone else own) + extra)
             live[node.name] = own
             if scatter:
@@ -180,10 +180,11 @@ def sizes(extent: Extent, stride: tuple[int, int]) -> list[Extent]:
     axes = []
     for n, s in zip(extent, stride, strict=True):
         cells = -(-n // s)
-        parts = [p for p in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256)
-                 if p <= cells]  # fmt: skip
+        parts = [p for p in (1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 46, 64, 128, 256) if p <= cells]
         axes.append(sorted({-(-cells // p) * s for p in [*parts, cells]}, reverse=True))
-    return [(y, x) for y in axes[0] for x in axes[1] if (x <= 8 * y and y <= 4 * x) or (x == axes[1][0])]
+    full = axes[1][0]
+    squarish = [(y, x) for y in axes[0] for x in axes[1] if y <= 2 * x and (x <= 2 * y or x == full)]
+    return list(dict.fromkeys([*squarish, (axes[0][-1], axes[1][-1])]))
 
 
 def whole_flops(network: Network, want_weights: bool) -> int:

@@ -175,7 +175,17 @@ class ReLU(Pointwise):
 
     def backward(self, grad: Tensor, region: Region, saved: Any, vectors: Any, call: Backward) -> Any:
         grad = grad.clamp(min=0) if call.rule != "gradient" else grad
-        return [(grad if call.rule == "deconv" else grad * saved, region)], [], []
+        return [(grad if call.rule == "deconv" else masked(grad, saved), region)], [], []
+
+
+def masked(grad: Tensor, mask: Tensor) -> Tensor:
+    """`grad * mask`, a band of rows at a time: PyTorch's product with booleans is five times as slow."""
+    result = torch.empty_like(grad, memory_format=torch.channels_last)
+    rows = max(1, 2**18 // max(1, grad.shape[1] * grad.shape[3]))
+    for y in range(0, grad.shape[2], rows):
+        band = slice(y, y + rows)
+        torch.mul(grad[:, :, band], mask[:, :, band].to(grad.dtype), out=result[:, :, band])
+    return result
 
 
 class Windowed(Operation):

@@ -11,6 +11,7 @@ from pydantic import ByteSize, TypeAdapter
 from tilestream.geometry import Extent, Plan, Region, SegmentPlan, Tile, TilePlan, tile_regions
 
 from .cost import Cost, Costs, sizes, whole_flops
+from .operations import Pointwise
 from .passes import Sizes
 from .segment import Segment, segments
 from .tile import keeps, needed
@@ -83,7 +84,8 @@ class Planner:
         for i in range(1, len(nodes)):
             later = {name for n in nodes[i:] for name in n.inputs}
             crossing = [n for n in [self.network.image, *(n.name for n in nodes[:i])] if n in later]
-            if len(crossing) == 1 or nodes[i].level != nodes[i - 1].level:
+            inside = isinstance(nodes[i].operation, Pointwise)  # stays with what it follows
+            if (len(crossing) == 1 and not inside) or nodes[i].level != nodes[i - 1].level:
                 found.append(i)
         return [*found, len(nodes)]
 

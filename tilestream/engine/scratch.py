@@ -113,10 +113,15 @@ class Bits:
         self.stored.free()
 
     def write(self, region: Region, values: Tensor) -> None:
-        packed = np.packbits(values[0].permute(1, 2, 0).contiguous().cpu().numpy(), axis=-1)
+        block = values[0].permute(1, 2, 0).contiguous().cpu().numpy()
+        # without an axis the same bits, several times as fast
+        packed = np.packbits(block, axis=-1) if self.channels % 8 else np.packbits(block).reshape(*block.shape[:2], -1)
         self.stored.array[region.y0 : region.y1, region.x0 : region.x1] = packed
 
     def read(self, region: Region) -> Tensor:
         packed = np.asarray(self.stored.array[region.y0 : region.y1, region.x0 : region.x1])
-        bits = np.unpackbits(packed, axis=-1, count=self.channels).view(bool)
+        if self.channels % 8:
+            bits = np.unpackbits(packed, axis=-1, count=self.channels).view(bool)
+        else:
+            bits = np.unpackbits(np.ascontiguousarray(packed)).view(bool).reshape(*packed.shape[:2], -1)
         return torch.from_numpy(bits).to(self.stored.device).permute(2, 0, 1)[None]
