@@ -20,7 +20,7 @@ CONVOLUTION_FLOPS, BYTES_PER_S, FAULTED_BYTES_PER_S, STEP_S = 4e11, 2e10, 4e9, 6
 """Two cores of Zen 5: convolution, traffic within caches, traffic that faults pages in, one step's bookkeeping."""
 HEAP_BYTES = 32 * 2**20
 """Larger buffers are mapped anew each time: glibc's limit."""
-SLACK, FIXED_BYTES = 1.15, 24 * 2**20
+SLACK, FIXED_BYTES = 1.1, 20 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, holes between buffers. Measured."""
 KERNEL_BYTES, KERNELS = 104 * 2**10, 1024
 """oneDNN keeps a compiled kernel for every shape that a convolution met, up to that many. Measured."""
@@ -137,7 +137,7 @@ class Costs:
             if isinstance(node.operation, MaxPool) and (scatter or self.taped):
                 extra = read + 5 * node.channels * areas[node.name] * 8 // 2
             elif (scatter or self.taped) and kind == "sign":
-                extra += 2 * node.channels * areas[node.name]
+                extra += 5 * node.channels * areas[node.name] // 4
             held = sum(live.values()) + tape + sum([v for n, v in kept.items() if n not in live] if kept else ())
             peak = max(peak, held + (0 if alone else own) + extra)
             live[node.name] = own
@@ -150,7 +150,7 @@ class Costs:
                 if users[name] == 0:
                     live.pop(name, None)
         if not scatter:
-            return peak + max((self._bytes(n, areas) for n in self.segment.owned if n in areas), default=0)
+            return max(peak, 2 * sum(self._bytes(n, areas) for n in self.segment.owned if n in areas))
         return max(peak, self._backward_bytes(nodes, areas, sum(kept.values()), tape))
 
     def _backward_bytes(self, nodes: list[Node], areas: Areas, kept: int = 0, tape: int = 0) -> int:
@@ -163,16 +163,16 @@ class Costs:
             if self.mean and set(inputs) == {self.network.image}:
                 inputs = {self.network.image: 3 * areas[self.network.image] * self.itemsize}
             again = sum(v for n, v in inputs.items() if n in pending)
-            extra = self._tape_bytes(node, areas) * (2 if not tape else 1)
+            extra = self._tape_bytes(node, areas) * 5 // 4 if not tape else 0
             if isinstance(node.operation, MaxPool):
                 extra += 3 * node.channels * areas[node.name] * 8 + sum(inputs.values())
             elif isinstance(node.operation, Convolution):
-                extra += own + sum(inputs.values())
+                extra += sum(inputs.values()) if kept else 0  # its input, padded
             held = kept + tape + sum(pending.values())
-            peak = max(peak, held + own + 2 * sum(inputs.values()) + again + extra)
+            peak = max(peak, held + own + sum(inputs.values()) + again + extra)
             pending.update(inputs)
             tape = max(0, tape - self._tape_bytes(node, areas)) if tape else 0
-        return peak + max((self._bytes(n, areas) for n in self.segment.inputs if n in areas), default=0)
+        return max(peak, 2 * sum(pending.values()))
 
 
 def sizes(extent: Extent, stride: tuple[int, int]) -> list[Extent]:

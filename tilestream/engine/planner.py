@@ -115,14 +115,14 @@ class Planner:
             raise ValueError(f"tile={tile} px must be a multiple of the stride {stride}; use {use}")
         return self._priced(segment, (int(tile), int(tile)), (int(tile), int(tile)))
 
-    def _choose(self, segment: Segment, room: int | None) -> tuple[SegmentPlan, float, int] | None:
-        """The quickest tiles of one segment within `room` bytes; the smallest of all for None."""
+    def _choose(self, segment: Segment, room: int | None, step: int = 1) -> tuple[SegmentPlan, float, int] | None:
+        """The quickest tiles of a segment within `room` bytes, of each `step`th size; the smallest of all for None."""
         costs = self._costs(segment)
         found = []
         ways = ["forward"] + ([self.mode] if self.backward else [])
         for way in ways:
             names = segment.inputs if way == "gather" else segment.owned
-            options = [(costs.price(size, way), size) for size in sizes(self.image, segment.stride(names))]
+            options = [(costs.price(size, way), size) for size in _some(sizes(self.image, segment.stride(names)), step)]
             fitting = [o for o in options if room is None or o[0].tile_bytes <= room]
             if not fitting:
                 return None
@@ -142,14 +142,17 @@ class Planner:
                 if start not in best or any(start < level < stop for level in levels):
                     continue
                 segment = Segment(self.network, start, stop)
-                chosen = self._choose(segment, room)
+                chosen = self._choose(segment, room, 5)
                 if chosen is None:
                     continue
                 stored = sum(channels[n] * math.prod(self.network.extents[n]) * itemsize for n in segment.stored)
                 price = best[start][0] + chosen[1] + stored / STORED_BYTES_PER_S
                 if stop not in best or price < best[stop][0]:
                     best[stop] = price, [*best[start][1], chosen]
-        return best[edges[-1]][1] if edges[-1] in best else None
+        if edges[-1] not in best:
+            return None
+        parts = [Segment(self.network, plan.start, plan.stop) for plan, _, _ in best[edges[-1]][1]]
+        return [found for part in parts if (found := self._choose(part, room)) is not None]
 
     def _least(self) -> int:
         """The smallest room for which there is a way: over all cuttings, of the largest segment's smallest tiles."""
@@ -191,6 +194,11 @@ class Planner:
             whole_flops(network, self.want_weights) // (1 if self.backward else 2 if not self.want_weights else 3),
             sum(t for _, t, _ in chosen),
         )  # fmt: skip
+
+
+def _some(options: list[Extent], step: int) -> list[Extent]:
+    """Each `step`th, and the last, which is the smallest."""
+    return list(dict.fromkeys([*options[::step], options[-1]]))
 
 
 def plan(
