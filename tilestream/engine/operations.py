@@ -112,9 +112,11 @@ class Backward:
 
     def __init__(
         self, extent: Extent, channels: Sequence[int], rule: Rule = "gradient", want_weights: bool = False,
-        mean: bool = False,
+        mean: bool = False, owns: bool = False,
     ) -> None:  # fmt: skip
         self.extent, self.channels, self.rule, self.want_weights = extent, channels, rule, want_weights
+        self.owns = owns
+        """Whether nobody else holds the gradient, so that it may be overwritten."""
         self.mean = mean
         """Whether the mean over the input's channels is wanted instead of the gradient of each."""
 
@@ -174,13 +176,15 @@ class ReLU(Pointwise):
         self.saves = "sign"
 
     def backward(self, grad: Tensor, region: Region, saved: Any, vectors: Any, call: Backward) -> Any:
-        grad = grad.clamp(min=0) if call.rule != "gradient" else grad
-        return [(grad if call.rule == "deconv" else masked(grad, saved), region)], [], []
+        if call.rule != "gradient":
+            grad = grad.clamp_(min=0) if call.owns else grad.clamp(min=0)
+        owns = call.owns or call.rule != "gradient"
+        return [(grad if call.rule == "deconv" else masked(grad, saved, owns), region)], [], []
 
 
-def masked(grad: Tensor, mask: Tensor) -> Tensor:
+def masked(grad: Tensor, mask: Tensor, in_place: bool) -> Tensor:
     """`grad * mask`, a band of rows at a time: PyTorch's product with booleans is five times as slow."""
-    result = torch.empty_like(grad, memory_format=torch.channels_last)
+    result = grad if in_place else torch.empty_like(grad, memory_format=torch.channels_last)
     rows = max(1, 2**18 // max(1, grad.shape[1] * grad.shape[3]))
     for y in range(0, grad.shape[2], rows):
         band = slice(y, y + rows)
@@ -367,7 +371,7 @@ class TransposedConvolution(Operation):
 
 
 class MaxPool(Windowed):
-    """Winners are kept as their place in the window, row by row; ties go to the first, as in PyTorch."""
+    """Winners are kept as their place in the window, 256 * row + column; ties go to the first, as in PyTorch."""
 
     saves = "winners"
     fill = float("-inf")
@@ -380,27 +384,32 @@ class MaxPool(Windowed):
         x, padding, _ = self.padded(x, region, extent)
         value, index = F.max_pool2d(x, self.kernel, self.stride, padding, self.dilation, return_indices=True)
         width = x.shape[-1]
-        row = index.div(width, rounding_mode="floor")
-        column = index.sub_(row * width)
-        for taps, axis in ((row, 0), (column, 1)):
-            start = torch.arange(region.shape[axis], device=x.device) * self.stride[axis] - padding[axis]
-            taps -= start[:, None] if axis == 0 else start
-            if self.dilation[axis] > 1:
-                taps.div_(self.dilation[axis], rounding_mode="floor")
-        return value, column.add_(row, alpha=self.kernel[1]).to(torch.int16)
+        place = index.double()  # exact, and divides several times as fast as integers do
+        del index
+        row = (place + 0.5).mul_(1 / width).floor_()
+        place.add_(row, alpha=256 - width).sub_(self._corners(region, 256, padding))
+        places = place.to(torch.int16)
+        if self.dilation != (1, 1):
+            places = (places >> 8) // self.dilation[0] * 256 + (places & 255) // self.dilation[1]
+        return value, places
+
+    def _corners(self, region: Region, width: int, padding: Pair) -> Tensor:
+        """For each output the place of its window's corner, rows `width` apart, in an input with this padding."""
+        y = torch.arange(region.height)[:, None] * self.stride[0] - padding[0]
+        return y * width + torch.arange(region.width) * self.stride[1] - padding[1]
 
     def backward(self, grad: Tensor, region: Region, saved: Any, vectors: Any, call: Backward) -> Any:
-        have = self.span(region).hull(self.need(region, call.extent))
-        span, (dy, dx), columns = self.span(region), self.dilation, self.kernel[1]
-        place = saved.to(torch.int64)
-        row = place.div(columns, rounding_mode="floor")
-        place = (place - row * columns).mul_(dx).add_(row, alpha=dy * have.width)
-        y = torch.arange(region.height, device=grad.device) * self.stride[0] + span.y0 - have.y0
-        x = torch.arange(region.width, device=grad.device) * self.stride[1] + span.x0 - have.x0
-        place += y[:, None] * have.width + x
-        result = grad.new_zeros((1, grad.shape[1], have.area))
-        result.scatter_add_(2, place.flatten(2), grad.flatten(2))
-        return [(result.reshape(1, grad.shape[1], *have.shape), have)], [], []
+        span = self.span(region)
+        index = (saved >> 8).to(torch.int64).mul_(self.dilation[0] * span.width)
+        index.add_(saved & 255, alpha=self.dilation[1])
+        index.add_(self._corners(region, span.width, (0, 0)).to(grad.device))
+        shape = torch.empty(
+            (1, grad.shape[1], *span.shape), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last
+        )  # its values do not matter
+        result = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, shape, self.kernel, self.stride, (0, 0), self.dilation, False, index
+        )
+        return [(result, span)], [], []
 
 
 class AveragePool(Windowed):

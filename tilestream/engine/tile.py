@@ -140,6 +140,7 @@ def backward(
     found, channels = Gradients(upstream), network.channels_of()
     values = found.values
     stem = mean and _single_stem(network)
+    owned: set[str] = set()  # values whose gradient nobody else holds
     for node in reversed(nodes):
         if (gradient := values.pop(node.name, None)) is None:
             continue
@@ -147,21 +148,27 @@ def backward(
             continue
         call = Backward(
             network.extents[node.inputs[0]], [channels[name] for name in node.inputs], rule, want_weights,
-            stem and node.inputs[0] == network.image,
+            stem and node.inputs[0] == network.image, node.name in owned,
         )  # fmt: skip
         region = regions[node.name]
         parts, vectors, weights = node.operation.backward(
             gradient, region, load(node), [env[v] for v in node.vectors], call
         )
         del gradient
+        fresh = isinstance(node.operation, (Convolution, MaxPool)) or (
+            isinstance(node.operation, ReLU) and (node.name in owned or rule != "deconv")
+        )
         for name, part in zip(node.inputs, parts, strict=True):
             if part is None or (name == network.image and not want_image):
                 continue
             share = fitted(*part, regions[name])
             if name in values:
-                values[name] = values[name] + share
+                values[name] = values[name].add_(share) if name in owned else values[name] + share
+                owned.add(name)
             else:
                 values[name] = share
+                if fresh:
+                    owned.add(name)
         for name, vector in zip(node.vectors, vectors, strict=True):
             if vector is not None:
                 found.vectors[name] = found.vectors[name] + vector if name in found.vectors else vector
