@@ -1,25 +1,36 @@
-"""Saliency of one image: tilestream at several budgets beside plain autograd, time and memory of the same run.
+"""The engine beside plain PyTorch: time and memory of the same run, each variant in a process of its own.
 
-    python benchmarks/engine.py --net resnet18 --size 2048x2048 --budgets 400MiB,1GiB --repeats 3 --out engine.json
+    python benchmarks/engine.py --net resnet18 --size 4096x4096 --task saliency --budgets 400MiB,800MiB --repeats 3
 
-Each variant runs in a process of its own, one after the other, round by round. Memory is what the call adds to the
-process's resident memory; the floor is the machine's measured convolution rate, given as useful FLOPs a second.
+Tasks: `saliency` (input gradient of a logit), `guided` (guided back-propagation), `weights` (all gradients of
+cross-entropy: `backward`). Beside ours: plain autograd, channels-last with batch norm folded (saliency), checkpointing
+by stage (weights). Memory is what the call adds to the process's resident memory; the floor is the machine's measured
+convolution rate, and useful FLOPs are those of the un-tiled pass. Variants that do not fit the machine are left out by
+name, with --skip plain.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tilestream as ts
+
+OTHERS = {
+    "saliency": ["plain", "channels-last folded"],
+    "guided": ["plain"],
+    "weights": ["plain", "channels-last", "checkpoint"],
+}
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -27,7 +38,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="resnet18")
     parser.add_argument("--size", default="2048x2048", help="HEIGHTxWIDTH")
-    parser.add_argument("--budgets", default="400MiB,1GiB,4GiB")
+    parser.add_argument("--task", default="saliency", choices=sorted(OTHERS))
+    parser.add_argument("--budgets", default="200MiB,400MiB,1GiB")
+    parser.add_argument("--skip", default="", help="variants to leave out, separated by commas")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -35,24 +48,42 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(arguments)
     height, width = map(int, options.size.split("x"))
     if options.variant:
-        print(json.dumps(measure(options.variant, options.net, height, width, options.threads)))
+        print(json.dumps(measure(options.variant, options.task, options.net, (height, width), options.threads)))
         return []
-    variants = ["autograd", "autograd channels-last", *options.budgets.split(",")]
-    runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+    others = [v for v in OTHERS[options.task] if v not in options.skip.split(",")]
+    runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in [*others, *options.budgets.split(",")]}
     for _ in range(options.repeats):
-        for variant in variants:
-            runs[variant].append(_child(variant, options))
+        for variant, results in runs.items():
+            results.append(_child(variant, options))
     rows = [{"variant": variant, **_medians(results)} for variant, results in runs.items()]
-    _print(rows, f"{options.net}, {options.size}, float32, {options.threads} threads, median of {options.repeats}")
+    caption = f"{options.task}, {options.net}, {options.size}, float32, {options.threads} threads, "
+    _print(rows, f"{caption}median of {options.repeats}")
     if options.out:
-        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
         options.out.write_text(
-            json.dumps({"machine": machine, "options": vars(options), "rows": rows}, indent=2, default=str)
+            json.dumps({"machine": machine(), "options": vars(options), "rows": rows}, indent=2, default=str)
         )
     return rows
 
 
-def measure(variant: str, net_name: str, height: int, width: int, threads: int) -> dict[str, float]:
+def machine() -> dict[str, Any]:
+    """What this ran on."""
+    import torch
+
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: int) -> dict[str, float]:
     """One variant in this process: seconds, bytes above the bare process, predicted bytes, overhead, useful GFLOP/s."""
     import numpy as np
     import psutil
@@ -60,24 +91,18 @@ def measure(variant: str, net_name: str, height: int, width: int, threads: int) 
 
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    net = ts.nets.build(net_name)
-    image = np.random.default_rng(0).random((3, height, width), np.float32)
-    plan = None
-    if variant.startswith("autograd"):
-        layout = torch.channels_last if "channels-last" in variant else torch.contiguous_format
-        net.requires_grad_(False).to(memory_format=layout)
-
-        def call(array: Any) -> None:
-            x = torch.from_numpy(array)[None].contiguous(memory_format=layout).requires_grad_()
-            net(x)[0, 1].backward()
+    net, weights = ts.nets.build(name), task == "weights"
+    image = np.random.default_rng(0).random((3, *size), np.float32)
+    streamed, plan = None, None
+    if variant in OTHERS[task]:
+        call = other(variant, task, net)
     else:
         streamed = ts.stream(net, memory=variant)
-        plan = streamed.plan(image.shape)
-
-        def call(array: Any) -> None:
-            streamed.saliency(array)
-
-    call(np.ascontiguousarray(image[:, :256, :256]))  # kernels compile before the clock starts
+        method = "guided" if task == "guided" else "gradient"
+        plan = streamed.plan(image.shape, weights=weights, method=method)
+        call = (lambda a: streamed.backward(a, loss)) if weights else lambda a: streamed.saliency(a, method=method)
+    call(np.ascontiguousarray(image[:, :256, :256]))  # libraries load before the clock starts
+    net.zero_grad()
     process, peak, done = psutil.Process(), [0], threading.Event()
     before = process.memory_info().rss
 
@@ -92,7 +117,7 @@ def measure(variant: str, net_name: str, height: int, width: int, threads: int) 
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    whole = ts.stream(net, memory="64 GiB").plan(image.shape).whole_flops
+    whole = useful_flops(net, size, weights)
     return {
         "seconds": seconds,
         "bytes": peak[0] - before,
@@ -103,24 +128,87 @@ def measure(variant: str, net_name: str, height: int, width: int, threads: int) 
     }
 
 
+def loss(logits: Any) -> Any:
+    """Cross-entropy for class 1."""
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits, torch.ones(len(logits), dtype=torch.int64))
+
+
+def other(variant: str, task: str, net: Any) -> Callable[[Any], None]:
+    """Plain PyTorch, in the way that `variant` names."""
+    import torch
+    from torch.fx.experimental.optimization import fuse
+    from torch.utils.checkpoint import checkpoint_sequential
+
+    layout = torch.channels_last if "channels-last" in variant else torch.contiguous_format
+    if task != "weights":
+        net.requires_grad_(False)
+    if "folded" in variant:
+        net = fuse(net, inplace=False)
+    net.to(memory_format=layout)
+    forward = net
+    if variant == "checkpoint":
+        stages = _stages(net)
+        forward = lambda x: checkpoint_sequential(stages, len(stages), x, use_reentrant=False)  # noqa: E731
+    if task == "guided":
+        net.apply(_guide)
+
+    def call(array: Any) -> None:
+        x = torch.from_numpy(array)[None].contiguous(memory_format=layout).requires_grad_()
+        logits = forward(x)
+        (loss(logits) if task == "weights" else logits[0, 1]).backward()
+
+    return call
+
+
+def _guide(module: Any) -> None:
+    """Guided back-propagation in plain PyTorch: a hook that clamps what goes back."""
+    import torch
+
+    if isinstance(module, torch.nn.ReLU):
+        module.inplace = False
+        module.register_full_backward_hook(lambda _, inputs, outputs: (inputs[0].clamp(min=0),))
+
+
+def _stages(net: Any) -> list[Any]:
+    """The network as a list of its stages, the grain of checkpointing."""
+    import torch
+
+    children = dict(net.named_children())
+    stem = [m for n, m in children.items() if n in ("conv1", "bn1", "relu", "maxpool", "stem", "bn")]
+    body = [m for n, m in children.items() if n.startswith("layer")] or list(children.get("segments", []))
+    ends = [children.get("avgpool") or children["pool"], torch.nn.Flatten(), children["fc"]]
+    return [torch.nn.Sequential(*stem), *body, torch.nn.Sequential(*ends)]
+
+
+def useful_flops(net: Any, size: tuple[int, int], weights: bool) -> int:
+    """FLOPs of the un-tiled pass, there and back."""
+    from tilestream.engine import trace
+    from tilestream.engine.cost import whole_flops
+
+    return whole_flops(trace(net).bind(size), weights)
+
+
 def convolution_rate() -> float:
     """GFLOP/s of a 3 x 3 convolution, 64 to 64 channels, channels-last: what this machine does at best."""
     import torch
 
-    x = torch.randn(1, 64, 512, 512).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(1, 64, 128, 128).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     torch.nn.functional.conv2d(x, weight, padding=1)
     started = time.perf_counter()
-    for _ in range(5):
+    for _ in range(40):
         torch.nn.functional.conv2d(x, weight, padding=1)
-    return 5 * 2 * 64 * 64 * 9 * 512 * 512 / (time.perf_counter() - started) / 1e9
+    return 40 * 2 * 64 * 64 * 9 * 128 * 128 / (time.perf_counter() - started) / 1e9
 
 
 def _child(variant: str, options: argparse.Namespace) -> dict[str, float]:
-    words = ["--net", options.net, "--size", options.size, "--threads", str(options.threads), "--variant", variant]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+    words = ["--net", options.net, "--size", options.size, "--threads", str(options.threads), "--task", options.task]
+    done = subprocess.run([sys.executable, __file__, *words, "--variant", variant], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"variant {variant!r} failed: {done.stderr.strip().splitlines()[-1]}")
+        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise RuntimeError(f"variant {variant!r} failed: {why}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -130,22 +218,23 @@ def _medians(results: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _print(rows: list[dict[str, Any]], caption: str) -> None:
-    plain = rows[0]
+    first = rows[0]
     print(caption)
-    heads = ("seconds", "x plain", "MiB", "x plain", "predicted", "GFLOP/s", "of peak")
+    heads = ("seconds", "x first", "MiB", "x first", "predicted", "FLOPs", "GFLOP/s", "of peak")
     print(f"{'variant':24}" + "".join(f"{head:>10}" for head in heads))
     for row in rows:
         predicted = f"{row['predicted_bytes'] / 2**20:.0f}" if row["predicted_bytes"] else "-"
         cells = (
             f"{row['seconds']:.2f}",
-            f"{row['seconds'] / plain['seconds']:.2f}",
+            f"{row['seconds'] / first['seconds']:.2f}",
             f"{row['bytes'] / 2**20:.0f}",
-            f"{row['bytes'] / plain['bytes']:.2f}",
+            f"{row['bytes'] / first['bytes']:.2f}",
             predicted,
+            f"{row['overhead']:.2f}",
             f"{row['useful_gflops']:.0f}",
             f"{row['useful_gflops'] / row['convolution_gflops']:.2f}",
         )
-        print(f"{row['variant']:24}" + "".join(f"{cell:>10}" for cell in cells))
+        print(f"{row['variant']:24}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":

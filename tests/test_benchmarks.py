@@ -30,7 +30,7 @@ def test_engine(tmp_path, capsys):
         "1",
     ]
     rows = load("engine").main([*words, "--out", str(out)])
-    assert [row["variant"] for row in rows] == ["autograd", "autograd channels-last", budget]
+    assert [row["variant"] for row in rows] == ["plain", "channels-last folded", budget]
     assert all(row["seconds"] > 0 and row["useful_gflops"] > 0 for row in rows)
     plain, _, cut = rows
     assert cut["overhead"] > 1 == plain["overhead"]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from tilestream.geometry import Axis, Extent, Pixel, Region, Sliding, Table, Transposed
 
+from .allocator import untouched
+
 Pair = tuple[int, int]
 Saves = Literal["nothing", "sign", "winners", "input"]
 Rule = Literal["gradient", "guided", "deconv"]
@@ -309,8 +311,7 @@ class Convolution(Windowed):
         sides = ((have.y0 - span.y0, span.y1 - have.y1), (have.x0 - span.x0, span.x1 - have.x1))
         fits = all(self._symmetric(a, *sides[a], have.shape[a], region.shape[a]) for a in (0, 1))
         covered, padding = (have, (sides[0][0], sides[1][0])) if fits else (span, (0, 0))
-        empty = torch.empty((1, x.shape[1], *covered.shape), dtype=x.dtype, device=x.device, memory_format=self.layout)
-        return empty, padding, covered
+        return untouched((1, x.shape[1], *covered.shape), x, self.layout), padding, covered
 
     @property
     def phased(self) -> bool:
@@ -403,9 +404,7 @@ class MaxPool(Windowed):
         index = (saved >> 8).to(torch.int64).mul_(self.dilation[0] * span.width)
         index.add_(saved & 255, alpha=self.dilation[1])
         index.add_(self._corners(region, span.width, (0, 0)).to(grad.device))
-        shape = torch.empty(
-            (1, grad.shape[1], *span.shape), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last
-        )  # its values do not matter
+        shape = untouched((1, grad.shape[1], *span.shape), grad, torch.channels_last)
         result = torch.ops.aten.max_pool2d_with_indices_backward(
             grad, shape, self.kernel, self.stride, (0, 0), self.dilation, False, index
         )

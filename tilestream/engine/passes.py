@@ -71,6 +71,7 @@ class Pass:
         with torch.no_grad():
             self._vectors(0)
             for segment, sizes in self.cut if last else self.cut[:-1]:
+                trim()
                 shares = [self._forward_tile(segment, owned, write) for owned in segment.tiles(segment.owned, sizes[0])]
                 self.finish(segment, shares)
                 if self.tape:  # nothing is computed again, so no map is read again
@@ -82,7 +83,6 @@ class Pass:
             self.maps.pop(name).free()
 
     def _forward_tile(self, segment: Segment, owned: dict[str, Region], write: Write | None) -> dict[str, Partial]:
-        trim()
         network, regions = self.network, segment.forward_regions(owned)
         values = self._inputs(segment, regions)
         save = self._saver(segment, owned, regions) if self.tape else None
@@ -319,6 +319,7 @@ class Pass:
         """
         grads = dict(grads or {}) if upstream is None else self.gradients_at_reductions(upstream)
         for segment, sizes in reversed(self.cut if cut is None else cut):
+            trim()
             vectors: dict[str, Tensor] = {}
             options = {"rule": rule, "want_weights": want_weights, "want_image": write is not None, "mean": mean}
             if mode == "gather":
@@ -375,7 +376,6 @@ class Pass:
         self, segment: Segment, parts: dict[str, Region], grads: Mapping[str, Tensor], dense: Any,
         vectors: dict[str, Tensor], write: Write | None, options: dict[str, Any],
     ) -> None:  # fmt: skip
-        trim()
         network, regions, shared = self.network, segment.gather_regions(parts), self._shared(segment)
         upstream = self._upstream(segment, regions, grads, dense, self._value)
 
@@ -406,7 +406,6 @@ class Pass:
         vectors: dict[str, Tensor], write: Write | None, options: dict[str, Any],
     ) -> dict[str, Partial]:  # fmt: skip
         """Forward and backward over one tile; returns its shares of reductions, for a sweep that does both at once."""
-        trim()
         network, regions, tape = self.network, segment.forward_regions(owned), dict[str, Any]()
 
         def save(node: Node, kind: str, saved: Any) -> None:

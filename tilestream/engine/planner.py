@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -10,15 +11,15 @@ from pydantic import ByteSize, TypeAdapter
 
 from tilestream.geometry import Extent, Plan, Region, SegmentPlan, Tile, TilePlan, tile_regions
 
-from .cost import Cost, Costs, sizes, whole_flops
+from .cost import KERNEL_BYTES, KERNELS, Cost, Costs, sizes, whole_flops
 from .operations import Pointwise
 from .passes import Sizes
 from .segment import Segment, segments
 from .tile import keeps, needed
 from .trace import Network
 
-STORED_BYTES_PER_S = 1.5e9
-"""A stored map, written and read."""
+STORED_BYTES_PER_S = 3e8
+"""A stored map and its gradient, written and read, in files; fitted as the costs of tiles are."""
 
 
 def parse_bytes(memory: int | str) -> int:
@@ -52,6 +53,16 @@ def stored_tape_bytes(network: Network) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A segment's tiles, with what they cost."""
+
+    plan: SegmentPlan
+    seconds: float
+    flops: int
+    kernel_bytes: int
+
+
 class Planner:
     """Plans one bound network. `result_bytes` is what the caller of the pass gets in memory."""
 
@@ -68,8 +79,14 @@ class Planner:
         if tile is not None:
             return self._plan([self._fixed(segment, tile) for segment in segments(self.network, ())], None)
         assert memory is not None
-        room = memory - self.result_bytes
-        best = self._best(room)
+        room, kernels, best = memory - self.result_bytes, 0, None
+        for _ in range(4):  # what oneDNN keeps is known only with the tiles
+            best = self._best(room - kernels)
+            if best is None or max(c.plan.tile_bytes for c in best) + _kernels(best) <= room:
+                break
+            kernels = max(kernels + KERNEL_BYTES, _kernels(best))
+        else:
+            best = None
         if best is None:
             least = self.result_bytes + self._least()
             raise ValueError(
@@ -93,7 +110,7 @@ class Planner:
         nodes = self.network.nodes
         return {i for i in range(1, len(nodes)) if nodes[i].level != nodes[i - 1].level}
 
-    def _priced(self, segment: Segment, size: Extent, back: Extent) -> tuple[SegmentPlan, float, int]:
+    def _priced(self, segment: Segment, size: Extent, back: Extent) -> Choice:
         costs = self._costs(segment)
         parts = [costs.price(size, "forward")]
         if self.backward:
@@ -103,19 +120,19 @@ class Planner:
     def _costs(self, segment: Segment) -> Costs:
         return Costs(segment, want_weights=self.want_weights, taped=self.mode == "gather", mean=self.mean)
 
-    def _put(self, segment: Segment, size: Extent, back: Extent, parts: list[Cost]) -> tuple[SegmentPlan, float, int]:
+    def _put(self, segment: Segment, size: Extent, back: Extent, parts: list[Cost]) -> Choice:
         seconds, flops = sum(p.seconds for p in parts), sum(p.flops for p in parts)
         plan = SegmentPlan(segment.start, segment.stop, size, back, max(p.tile_bytes for p in parts))
-        return plan, seconds, flops
+        return Choice(plan, seconds, flops, sum(p.kernel_bytes for p in parts))
 
-    def _fixed(self, segment: Segment, tile: int) -> tuple[SegmentPlan, float, int]:
+    def _fixed(self, segment: Segment, tile: int) -> Choice:
         stride = math.lcm(*segment.stride(segment.owned))
         if tile < 1 or tile % stride:
             use = math.ceil(max(tile, 1) / stride) * stride
             raise ValueError(f"tile={tile} px must be a multiple of the stride {stride}; use {use}")
         return self._priced(segment, (int(tile), int(tile)), (int(tile), int(tile)))
 
-    def _choose(self, segment: Segment, room: int | None, step: int = 1) -> tuple[SegmentPlan, float, int] | None:
+    def _choose(self, segment: Segment, room: int | None, step: int = 1) -> Choice | None:
         """The quickest tiles of a segment within `room` bytes, of each `step`th size; the smallest of all for None."""
         costs = self._costs(segment)
         found = []
@@ -131,10 +148,10 @@ class Planner:
             found = [(costs.price(found[1][1], "forward"), found[1][1]), found[1]]
         return self._put(segment, found[0][1], found[-1][1], [c for c, _ in found])
 
-    def _best(self, room: int) -> list[tuple[SegmentPlan, float, int]] | None:
+    def _best(self, room: int) -> list[Choice] | None:
         """The cheapest way from the image to the end, by dynamic programming over the places to cut."""
         edges, levels = self._edges(), self._levels()
-        best: dict[int, tuple[float, list[tuple[SegmentPlan, float, int]]]] = {0: (0.0, [])}
+        best: dict[int, tuple[float, list[Choice]]] = {0: (0.0, [])}
         itemsize = torch.empty((), dtype=self.network.dtype).element_size()
         channels = self.network.channels_of()
         for j, stop in enumerate(edges[1:], 1):
@@ -146,28 +163,24 @@ class Planner:
                 if chosen is None:
                     continue
                 stored = sum(channels[n] * math.prod(self.network.extents[n]) * itemsize for n in segment.stored)
-                price = best[start][0] + chosen[1] + stored / STORED_BYTES_PER_S
+                price = best[start][0] + chosen.seconds + stored / STORED_BYTES_PER_S
                 if stop not in best or price < best[stop][0]:
                     best[stop] = price, [*best[start][1], chosen]
         if edges[-1] not in best:
             return None
-        parts = [Segment(self.network, plan.start, plan.stop) for plan, _, _ in best[edges[-1]][1]]
+        parts = [Segment(self.network, plan.start, plan.stop) for plan in (c.plan for c in best[edges[-1]][1])]
         return [found for part in parts if (found := self._choose(part, room)) is not None]
 
     def _least(self) -> int:
         """The smallest room for which there is a way: over all cuttings, of the largest segment's smallest tiles."""
-        edges = self._edges()
-        worst = 0
-        for start, stop in pairwise(edges):
-            chosen = self._choose(Segment(self.network, start, stop), None)
-            assert chosen is not None
-            worst = max(worst, chosen[0].tile_bytes)
-        return worst
+        chosen = [self._choose(Segment(self.network, *ends), None) for ends in pairwise(self._edges())]
+        smallest = [c for c in chosen if c is not None]
+        return max(c.plan.tile_bytes for c in smallest) + _kernels(smallest)
 
-    def _plan(self, chosen: list[tuple[SegmentPlan, float, int]], memory: int | None) -> Plan:
-        network, tile_bytes = self.network, max(s.tile_bytes for s, _, _ in chosen)
+    def _plan(self, chosen: list[Choice], memory: int | None) -> Plan:
+        network, tile_bytes = self.network, max(c.plan.tile_bytes for c in chosen) + _kernels(chosen)
         itemsize, channels = torch.empty((), dtype=network.dtype).element_size(), network.channels_of()
-        parts = [Segment(network, s.start, s.stop) for s, _, _ in chosen]
+        parts = [Segment(network, s.start, s.stop) for s in (c.plan for c in chosen)]
         maps = {n: channels[n] * math.prod(network.extents[n]) * itemsize for p in parts for n in p.stored}
         stored = sum(maps.values()) * (2 if self.backward else 1)
         if self.backward and self.mode == "gather":
@@ -177,7 +190,7 @@ class Planner:
         left = stored if memory is None else max(0, memory - self.result_bytes - tile_bytes)
         scratch = min(left, stored)
         halo = 0
-        for segment, (plan, _, _) in zip(parts, chosen, strict=True):
+        for segment, plan in zip(parts, [c.plan for c in chosen], strict=True):
             owned = segment.tiles(segment.owned, plan.forward_px)
             middle = owned[len(owned) // 2]
             regions = segment.forward_regions(middle)
@@ -188,12 +201,17 @@ class Planner:
                     lead = math.ceil(middle[name].y0 * strides[name][0] - regions[value].y0 * strides[value][0])
                     halo = max(halo, lead)
         return Plan(
-            self.image, self.mode, tuple(s for s, _, _ in chosen),
+            self.image, self.mode, tuple(c.plan for c in chosen),
             tuple("" if p.start == 0 else p.nodes[0].path or p.nodes[0].name for p in parts), halo,
-            self.result_bytes + tile_bytes + scratch, scratch, stored, sum(f for _, _, f in chosen),
+            self.result_bytes + tile_bytes + scratch, scratch, stored, sum(c.flops for c in chosen),
             whole_flops(network, self.want_weights) // (1 if self.backward else 2 if not self.want_weights else 3),
-            sum(t for _, t, _ in chosen),
+            sum(c.seconds for c in chosen),
         )  # fmt: skip
+
+
+def _kernels(chosen: list[Choice]) -> int:
+    """What oneDNN keeps of all sweeps."""
+    return min(KERNELS * KERNEL_BYTES, sum(c.kernel_bytes for c in chosen))
 
 
 def _some(options: list[Extent], step: int) -> list[Extent]:
@@ -236,7 +254,7 @@ def plan(
         cost = costs.price(size, "scatter")
         window = costs.lengths(0, size[0], False).longest[bound.image]
         waiting = min(image[0], window + 2 * size[0])
-        return cost, cost.tile_bytes + (image[0] + waiting) * image[1] * itemsize * channels_out
+        return cost, cost.tile_bytes + cost.kernel_bytes + (image[0] + waiting) * image[1] * itemsize * channels_out
 
     prices = {size: priced(size) for size in options}
     fitting = [s for s, (_, peak) in prices.items() if memory is None or peak <= memory]

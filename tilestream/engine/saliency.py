@@ -16,6 +16,7 @@ import torch
 
 from tilestream.geometry import Extent, Region, Tile, TilePlan, interior
 
+from .allocator import reused_buffers
 from .passes import Pass
 from .reductions import Partial
 from .scratch import Scratch
@@ -132,6 +133,7 @@ class SaliencyPass:
         work.vectors_from_totals()
         return work
 
+    @reused_buffers()
     def forward(self, source: Source, tile: Tile) -> Shares:
         """The first of two sweeps: what a tile contributes to the reductions."""
         regions, values, owned = self._tile(source, tile)
@@ -171,6 +173,7 @@ class SaliencyPass:
         work = self._work(pooled)
         return work.totals, work.gradient_of_logit(self.target)
 
+    @reused_buffers()
     def pieces(
         self, source: Source, tile: Tile, upstream: tuple[Shares, Mapping[str, torch.Tensor]]
     ) -> tuple[Shares, dict[int, tuple[Region, Array]]]:

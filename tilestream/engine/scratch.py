@@ -91,7 +91,8 @@ class Stored:
 
     def read(self, region: Region) -> Tensor:
         """(1, C, h, w), channels-last, a copy."""
-        block = np.array(self.array[region.y0 : region.y1, region.x0 : region.x1])
+        block = np.asarray(self.array[region.y0 : region.y1, region.x0 : region.x1])
+        block = block if block.flags.owndata else block.copy()
         return torch.from_numpy(block).to(self.device).permute(2, 0, 1)[None]
 
     def write(self, region: Region, values: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tilestream.geometry import Plan, Region
 
-from .allocator import return_freed_memory
+from .allocator import reused_buffers
 from .passes import Mode, Pass
 from .planner import Planner, cut, parse_bytes
 from .saliency import Reduce, Saliency, Sink, check, reduced
@@ -52,7 +52,6 @@ class Streamed(nn.Module):
         self.memory = parse_bytes(DEFAULT_MEMORY if memory is None else memory)
         self._stamp: Any = None
         self._plans: dict[Any, Plan] = {}
-        return_freed_memory()
         self.network()
 
     def network(self) -> Network:
@@ -132,6 +131,7 @@ class Streamed(nn.Module):
         results = [run(self, each, *parameters) if track else self._forward(each)[0] for each in images]
         return torch.cat(results)
 
+    @reused_buffers()
     def saliency(
         self,
         image: Source,
@@ -180,6 +180,7 @@ class Streamed(nn.Module):
             work.close()
         return Saliency(values, logits)
 
+    @reused_buffers()
     def backward(
         self, image: Source, loss_fn: Callable[[Tensor], Tensor], *, gradient: Sink | None = None,
         progress: Progress | None = None,
@@ -267,6 +268,7 @@ class Streamed(nn.Module):
         scratch = Scratch(plan.scratch_bytes, self.scratch) if scratch is None else scratch
         return Pass(network, cut(network, plan), source, scratch, tape=tape, tick=tick)
 
+    @reused_buffers()
     def _forward(self, image: Source, keep: bool = False) -> tuple[Tensor, Pass]:
         plan = self.plan(image.shape, weights=True) if keep else self.plan(image.shape, backward=False)
         network = self.network().bind(plan.image)
@@ -314,6 +316,7 @@ class _Run(torch.autograd.Function):
         return result
 
     @staticmethod
+    @reused_buffers()
     def backward(ctx: Any, gradient: Tensor) -> Any:
         work: Pass = ctx.work
         if work.used:
