@@ -22,8 +22,8 @@ CONVOLUTION_FLOPS, BYTES_PER_S, MAPPED_BYTES_PER_S, STEP_S = 5e11, 4.5e9, 2.9e9,
 that happens to a value, by its bytes, in buffers that are used again and in larger ones; one step's bookkeeping."""
 SLACK, FIXED_BYTES = 1.5, 24 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, holes between buffers. Measured."""
-KERNEL_BYTES, KERNELS = 104 * 2**10, 1024
-"""oneDNN keeps a compiled kernel for every shape that a convolution met, up to that many. Measured."""
+KERNEL_BYTES, KERNELS, KERNEL_S = 104 * 2**10, 1024, 1.5e-3
+"""oneDNN compiles a kernel for every shape that a convolution met, and keeps so many. Measured."""
 
 Areas = Mapping[str, int]
 
@@ -102,9 +102,9 @@ class Costs:
         tiles = y.tiles * x.tiles
         biggest = max([self.channels[n] * a * self.itemsize for n, a in areas.items()], default=0)
         speed = BYTES_PER_S if biggest <= HEAP_BYTES else MAPPED_BYTES_PER_S
-        seconds = flops / CONVOLUTION_FLOPS + traffic / speed + STEP_S * tiles * len(nodes)
         convolutions = sum(isinstance(n.operation, Convolution) for n in nodes)
         kernels = min((2 if way == "scatter" else 1) * convolutions * y.kinds * x.kinds, KERNELS)
+        seconds = flops / CONVOLUTION_FLOPS + traffic / speed + STEP_S * tiles * len(nodes) + KERNEL_S * kernels
         weights = max([w.numel() * self.itemsize for n in nodes for w in n.operation.weights], default=0)
         sums = 0  # gradients of weights: of this segment's from one tile, of all from the tiles before
         for group in (nodes, self.network.nodes) if self.want_weights else ():

@@ -138,7 +138,7 @@ class Planner:
         found = []
         ways = ["forward"] + ([self.mode] if self.backward else [])
         for way in ways:
-            names = segment.inputs if way == "gather" else segment.owned
+            names = [*segment.owned, *segment.inputs]  # on the coarsest grid all tiles inside are of one shape
             options = [(costs.price(size, way), size) for size in _some(sizes(self.image, segment.stride(names)), step)]
             fitting = [o for o in options if room is None or o[0].tile_bytes <= room]
             if not fitting:

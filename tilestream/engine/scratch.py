@@ -38,8 +38,10 @@ class FileArray:
         (_, width, values), (y, x) = self.shape, index
         pixel = values * self.dtype.itemsize
         if x.start == 0 and x.stop == width:
-            return [(memoryview(block.data).cast("B"), y.start * width * pixel)] if block.size else []
-        return [(memoryview(row).cast("B"), ((y.start + i) * width + x.start) * pixel) for i, row in enumerate(block)]
+            whole = np.ascontiguousarray(block)
+            return [(memoryview(whole.data).cast("B"), y.start * width * pixel)] if block.size else []
+        rows = [(np.ascontiguousarray(row), (y.start + i) * width + x.start) for i, row in enumerate(block)]
+        return [(memoryview(row.data).cast("B"), place * pixel) for row, place in rows]
 
     def __getitem__(self, index: tuple[slice, slice]) -> Array:
         y, x = index
@@ -53,7 +55,8 @@ class FileArray:
         return block
 
     def __setitem__(self, index: tuple[slice, slice], block: Array) -> None:
-        for part, place in self._rows(index, np.ascontiguousarray(block, self.dtype)):
+        block = np.asarray(block, self.dtype)
+        for part, place in self._rows(index, block):
             while len(part):
                 done = os.pwrite(self._file.fileno(), part, place)
                 part, place = part[done:], place + done
@@ -71,7 +74,7 @@ class Scratch:
         size = int(np.prod(shape)) * kind.itemsize
         if size <= self.left:
             self.left -= size
-            return Stored(np.zeros(shape, kind), dtype, device, lambda: self._give_back(size))
+            return Stored(torch.zeros(shape, dtype=dtype).numpy(), dtype, device, lambda: self._give_back(size))
         return Stored(self.allocate(shape, kind), dtype, device, lambda: None)
 
     def _give_back(self, size: int) -> None:
@@ -96,7 +99,7 @@ class Stored:
         return torch.from_numpy(block).to(self.device).permute(2, 0, 1)[None]
 
     def write(self, region: Region, values: Tensor) -> None:
-        block = values[0].permute(1, 2, 0).contiguous().cpu().numpy()
+        block = values[0].permute(1, 2, 0).cpu().numpy()
         self.array[region.y0 : region.y1, region.x0 : region.x1] = block
 
     def add(self, region: Region, values: Tensor) -> None:
