@@ -92,6 +92,7 @@ def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: 
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     net, weights = ts.nets.build(name), task == "weights"
+    flops = useful_flops(net, size, weights)
     image = np.random.default_rng(0).random((3, *size), np.float32)
     streamed, plan = None, None
     if variant in OTHERS[task]:
@@ -117,13 +118,12 @@ def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: 
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    whole = useful_flops(net, size, weights)
     return {
         "seconds": seconds,
         "bytes": peak[0] - before,
         "predicted_bytes": plan.peak_bytes if plan else 0,
         "overhead": plan.overhead if plan else 1.0,
-        "useful_gflops": whole / seconds / 1e9,
+        "useful_gflops": flops / seconds / 1e9,
         "convolution_gflops": convolution_rate(),
     }
 

@@ -42,6 +42,20 @@ def trim() -> None:
         _LIBC.malloc_trim(0)
 
 
+def resident_bytes() -> int:
+    """The process's resident memory; 0 where the system does not tell."""
+    if _LIBC is None:
+        return 0
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+def keep_under(limit_bytes: int) -> None:
+    """Gives back what is free if the process holds more than that: what buffers of many sizes leave between them."""
+    if resident_bytes() > limit_bytes:
+        trim()
+
+
 def untouched(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:
     """A tensor (1, C, h, w) of which only the shape counts: its pages are never touched, so that it takes no memory."""
     if like.device.type != "cpu":

@@ -20,7 +20,7 @@ from .trace import Network, Node
 CONVOLUTION_FLOPS, BYTES_PER_S, MAPPED_BYTES_PER_S, STEP_S = 5e11, 4.5e9, 2.9e9, 1.5e-4
 """Two cores of Zen 5, fitted to 36 random plans of ResNet-18, none off by more than a fifth: convolution; all else
 that happens to a value, by its bytes, in buffers that are used again and in larger ones; one step's bookkeeping."""
-SLACK, FIXED_BYTES = 1.5, 24 * 2**20
+SLACK, FIXED_BYTES = 1.4, 24 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, holes between buffers. Measured."""
 KERNEL_BYTES, KERNELS, KERNEL_S = 104 * 2**10, 1024, 1.5e-3
 """oneDNN compiles a kernel for every shape that a convolution met, and keeps so many. Measured."""

@@ -8,6 +8,7 @@ all outputs that those influence. Nothing is computed twice, nothing added up, a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -37,10 +38,10 @@ class Pass:
 
     def __init__(
         self, network: Network, cut: list[tuple[Segment, Sizes]], source: Source, scratch: Scratch, *,
-        tape: bool = False, tick: Callable[[], None] = lambda: None,
+        tape: bool = False, tick: Callable[[], None] = lambda: None, limit_bytes: int = sys.maxsize,
     ) -> None:  # fmt: skip
         self.network, self.cut, self.source, self.scratch, self.tape = network, cut, source, scratch, tape
-        self.tick = tick
+        self.tick, self.limit_bytes = tick, limit_bytes
         self.maps: dict[str, Stored] = {}
         self.gradients: dict[str, Stored] = {}
         self.tapes: dict[str, list[Any]] = {}
@@ -86,7 +87,7 @@ class Pass:
         network, regions = self.network, segment.forward_regions(owned)
         values = self._inputs(segment, regions)
         save = self._saver(segment, owned, regions) if self.tape else None
-        made = forward(network, segment.nodes, regions, values, self.steps, owned, save)
+        made = forward(network, segment.nodes, regions, values, self.steps, owned, save, limit_bytes=self.limit_bytes)
         parts = {name: made[name][(..., *owned[name].within(regions[name]))] for name in owned}
         self._keep(segment, owned, parts, write)
         self.tick()
@@ -253,7 +254,8 @@ class Pass:
         grads = probe.gradients_at_reductions(down)
         segment, sizes = self.cut[-1]
         options: dict[str, Any] = {
-            "rule": rule, "want_weights": want_weights, "want_image": write is not None, "mean": mean
+            "rule": rule, "want_weights": want_weights, "want_image": write is not None, "mean": mean,
+            "limit_bytes": self.limit_bytes,
         }  # fmt: skip
         shares = [
             self.scatter_tile(segment, owned, grads, None, {}, write, options)
@@ -321,7 +323,13 @@ class Pass:
         for segment, sizes in reversed(self.cut if cut is None else cut):
             trim()
             vectors: dict[str, Tensor] = {}
-            options = {"rule": rule, "want_weights": want_weights, "want_image": write is not None, "mean": mean}
+            options: dict[str, Any] = {
+                "rule": rule,
+                "want_weights": want_weights,
+                "want_image": write is not None,
+                "mean": mean,
+            }
+            options["limit_bytes"] = self.limit_bytes
             if mode == "gather":
                 for parts in segment.tiles(segment.inputs, sizes[1]):
                     self._gather_tile(segment, parts, grads, dense, vectors, write, options)

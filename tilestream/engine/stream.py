@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tilestream.geometry import Plan, Region
 
-from .allocator import reused_buffers
+from .allocator import resident_bytes, reused_buffers
 from .passes import Mode, Pass
 from .planner import Planner, cut, parse_bytes
 from .saliency import Reduce, Saliency, Sink, check, reduced
@@ -266,7 +266,8 @@ class Streamed(nn.Module):
                 progress(done, total)
 
         scratch = Scratch(plan.scratch_bytes, self.scratch) if scratch is None else scratch
-        return Pass(network, cut(network, plan), source, scratch, tape=tape, tick=tick)
+        limit = resident_bytes() + int(0.7 * plan.peak_bytes)  # a step adds to it
+        return Pass(network, cut(network, plan), source, scratch, tape=tape, tick=tick, limit_bytes=limit)
 
     @reused_buffers()
     def _forward(self, image: Source, keep: bool = False) -> tuple[Tensor, Pass]:

@@ -7,6 +7,7 @@ own part of the inputs can influence (`influenced`), and are complete at once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tilestream.geometry import Extent, Region
 
+from .allocator import keep_under
 from .operations import Add, AveragePool, Backward, Convolution, MaxPool, Operation, ReLU, Rule, fitted
 from .trace import Network, Node
 
@@ -79,6 +81,7 @@ Save = Callable[[Node, str, Any], None]
 def forward(
     network: Network, nodes: Sequence[Node], regions: Mapping[str, Region], values: dict[str, Tensor],
     env: Mapping[str, Any], wanted: Iterable[str], save: Save | None = None, want_weights: bool = False,
+    limit_bytes: int = sys.maxsize,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Runs `nodes` from `values`, which cover their regions; returns those `wanted`, and tells `save` what to keep."""
     users: dict[str, int] = dict.fromkeys(wanted, 1)
@@ -116,6 +119,7 @@ def forward(
             free.add(node.name)
         values[node.name] = result
         del inputs, result
+        keep_under(limit_bytes)
     return {name: values[name] for name in wanted}
 
 
@@ -131,7 +135,7 @@ class Gradients:
 def backward(
     network: Network, nodes: Sequence[Node], regions: Mapping[str, Region], upstream: dict[str, Tensor],
     load: Callable[[Node], Any], env: Mapping[str, Any], *, rule: Rule = "gradient", want_weights: bool = False,
-    want_image: bool = True, mean: bool = False,
+    want_image: bool = True, mean: bool = False, limit_bytes: int = sys.maxsize,
 ) -> Gradients:  # fmt: skip
     """Runs `nodes` backward from gradients `upstream` over their regions; `load` gives what the tape holds of a node.
 
@@ -172,6 +176,7 @@ def backward(
         for name, vector in zip(node.vectors, vectors, strict=True):
             if vector is not None:
                 found.vectors[name] = found.vectors[name] + vector if name in found.vectors else vector
+        keep_under(limit_bytes)
         if weights:
             found.weights[node.name] = [
                 torch.zeros_like(w) if g is None else g for g, w in zip(weights, node.operation.weights, strict=True)
