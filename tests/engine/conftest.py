@@ -65,7 +65,9 @@ def _random_norms(net: nn.Module) -> nn.Module:
 
 def _differs(got, expected) -> bool:
     got, expected = torch.as_tensor(got), torch.as_tensor(expected)
-    return got.shape != expected.shape or bool((got - expected).abs().max() > 1e-12 * expected.abs().max())
+    return got.shape != expected.shape or bool(
+        (got - expected).abs().max() > 1e-12 * max(expected.abs().max(), 1e-4)  # what cancels leaves noise
+    )
 
 
 def _always(value, *_, **__):

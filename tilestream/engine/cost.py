@@ -17,9 +17,20 @@ from .segment import Segment
 from .tile import keeps
 from .trace import Network, Node
 
-CONVOLUTION_FLOPS, BYTES_PER_S, MAPPED_BYTES_PER_S, STEP_S = 5e11, 4.5e9, 2.9e9, 1.5e-4
-"""Two cores of Zen 5, fitted to 36 random plans of ResNet-18, none off by more than a fifth: convolution; all else
-that happens to a value, by its bytes, in buffers that are used again and in larger ones; one step's bookkeeping."""
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does a second: convolution, and all else that happens to a value, by its bytes, in buffers that
+    are used again and in larger ones."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    mapped_bytes_per_s: float
+
+
+INPUTS, WEIGHTS, STEP_S = Rates(5e11, 4.5e9, 2.9e9), Rates(2.9e11, 1e11, 4.3e9), 1.5e-4
+"""Two cores of Zen 5, fitted to 36 random plans of ResNet-18 each, with gradients of inputs or of weights: none is off
+by more than a fifth. `STEP_S` is one step's bookkeeping."""
 SLACK, FIXED_BYTES = 1.4, 24 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, holes between buffers. Measured."""
 KERNEL_BYTES, KERNELS, KERNEL_S = 104 * 2**10, 1024, 1.5e-3
@@ -92,19 +103,20 @@ class Costs:
         areas = {n: v * x.longest[n] for n, v in y.longest.items() if n in x.longest}
         nodes = [n for n in self.segment.nodes if n.name in areas]
         peak = self._backward_bytes(nodes, areas) if gather else self._forward_bytes(nodes, areas, way == "scatter")
-        flops = traffic = 0
+        rates = WEIGHTS if way == "scatter" and self.want_weights else INPUTS
+        flops, seconds = 0, 0.0
         for node in nodes:
             pixels = y.total[node.name] * x.total[node.name]
             work = node.operation.flops(node.channels)
             times = 1 if way != "scatter" else 3 if self.want_weights else 2
             flops += work * pixels * times
-            traffic += node.channels * pixels * self.itemsize * times
+            moved = node.channels * pixels * self.itemsize * times
+            biggest = max(self._bytes(name, areas) for name in (node.name, *node.inputs) if name in areas)
+            seconds += moved / (rates.bytes_per_s if biggest <= HEAP_BYTES else rates.mapped_bytes_per_s)
         tiles = y.tiles * x.tiles
-        biggest = max([self.channels[n] * a * self.itemsize for n, a in areas.items()], default=0)
-        speed = BYTES_PER_S if biggest <= HEAP_BYTES else MAPPED_BYTES_PER_S
         convolutions = sum(isinstance(n.operation, Convolution) for n in nodes)
         kernels = min((2 if way == "scatter" else 1) * convolutions * y.kinds * x.kinds, KERNELS)
-        seconds = flops / CONVOLUTION_FLOPS + traffic / speed + STEP_S * tiles * len(nodes) + KERNEL_S * kernels
+        seconds += flops / rates.flops_per_s + STEP_S * tiles * len(nodes) + KERNEL_S * kernels
         weights = max([w.numel() * self.itemsize for n in nodes for w in n.operation.weights], default=0)
         sums = 0  # gradients of weights: of this segment's from one tile, of all from the tiles before
         for group in (nodes, self.network.nodes) if self.want_weights else ():

@@ -102,7 +102,9 @@ class Operation:
             try:
                 result = self.run(leaves, small, region, call.extent)
                 wanted = [*leaves, *small, *(self.weights if call.want_weights else ())]
-                grads = list(torch.autograd.grad(result, wanted, grad, allow_unused=True))
+                grads = [None] * len(wanted)  # outputs that read nothing but padding
+                if result.requires_grad:
+                    grads = list(torch.autograd.grad(result, wanted, grad, allow_unused=True))
             finally:
                 self.weights = weights
         n, m = len(leaves), len(leaves) + len(small)
@@ -114,8 +116,9 @@ class Backward:
 
     def __init__(
         self, extent: Extent, channels: Sequence[int], rule: Rule = "gradient", want_weights: bool = False,
-        mean: bool = False, owns: bool = False,
+        mean: bool = False, owns: bool = False, want_maps: bool = True,
     ) -> None:  # fmt: skip
+        self.want_maps = want_maps
         self.extent, self.channels, self.rule, self.want_weights = extent, channels, rule, want_weights
         self.owns = owns
         """Whether nobody else holds the gradient, so that it may be overwritten."""
@@ -302,9 +305,9 @@ class Convolution(Windowed):
         gx, gw, gb = torch.ops.aten.convolution_backward(
             grad.contiguous(memory_format=self.layout), padded, self.weights[0],
             [self.conv.out_channels] if bias else None, self.stride, padding, self.dilation, False, [0, 0], self.groups,
-            [True, call.want_weights, bias and call.want_weights],
+            [call.want_maps, call.want_weights, bias and call.want_weights],
         )  # fmt: skip
-        return [(gx, region_of)], [], ([gw, gb] if bias else [gw]) if call.want_weights else []
+        return [None if gx is None else (gx, region_of)], [], ([gw, gb] if bias else [gw]) if call.want_weights else []
 
     def _blank(self, x: Tensor, region: Region, extent: Extent) -> tuple[Tensor, Pair, Region]:
         span, have = self.span(region), self.need(region, extent)

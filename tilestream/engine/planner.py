@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from tilestream.geometry import Extent, Plan, Region, SegmentPlan, Tile, TilePla
 from .cost import KERNEL_BYTES, KERNELS, Cost, Costs, sizes, whole_flops
 from .operations import Pointwise
 from .passes import Sizes
-from .segment import Segment, segments
+from .segment import Segment, before, segments
 from .tile import keeps, needed
 from .trace import Network
 
@@ -33,9 +34,9 @@ def parse_bytes(memory: int | str) -> int:
     return size
 
 
-def cut(network: Network, plan: Plan) -> list[tuple[Segment, Sizes]]:
+def cut(network: Network, parts: Sequence[SegmentPlan]) -> list[tuple[Segment, Sizes]]:
     """The segments of a plan, with the sizes of their tiles."""
-    return [(Segment(network, s.start, s.stop), (s.forward_px, s.backward_px)) for s in plan.segments]
+    return [(Segment(network, s.start, s.stop, s.stop == 0), (s.forward_px, s.backward_px)) for s in parts]
 
 
 def stored_tape_bytes(network: Network) -> int:
@@ -151,7 +152,10 @@ class Planner:
     def _best(self, room: int) -> list[Choice] | None:
         """The cheapest way from the image to the end, by dynamic programming over the places to cut."""
         edges, levels = self._edges(), self._levels()
-        best: dict[int, tuple[float, list[Choice]]] = {0: (0.0, [])}
+        first = [self._choose(segment, room) for segment in before(self.network)]
+        if None in first:
+            return None
+        best: dict[int, tuple[float, list[Choice]]] = {0: (0.0, [c for c in first if c is not None])}
         itemsize = torch.empty((), dtype=self.network.dtype).element_size()
         channels = self.network.channels_of()
         for j, stop in enumerate(edges[1:], 1):
@@ -168,19 +172,20 @@ class Planner:
                     best[stop] = price, [*best[start][1], chosen]
         if edges[-1] not in best:
             return None
-        parts = [Segment(self.network, plan.start, plan.stop) for plan in (c.plan for c in best[edges[-1]][1])]
+        parts = [segment for segment, _ in cut(self.network, [c.plan for c in best[edges[-1]][1]])]
         return [found for part in parts if (found := self._choose(part, room)) is not None]
 
     def _least(self) -> int:
         """The smallest room for which there is a way: over all cuttings, of the largest segment's smallest tiles."""
         chosen = [self._choose(Segment(self.network, *ends), None) for ends in pairwise(self._edges())]
+        chosen += [self._choose(segment, None) for segment in before(self.network)]
         smallest = [c for c in chosen if c is not None]
         return max(c.plan.tile_bytes for c in smallest) + _kernels(smallest)
 
     def _plan(self, chosen: list[Choice], memory: int | None) -> Plan:
         network, tile_bytes = self.network, max(c.plan.tile_bytes for c in chosen) + _kernels(chosen)
         itemsize, channels = torch.empty((), dtype=network.dtype).element_size(), network.channels_of()
-        parts = [Segment(network, s.start, s.stop) for s in (c.plan for c in chosen)]
+        parts = [segment for segment, _ in cut(network, [c.plan for c in chosen])]
         maps = {n: channels[n] * math.prod(network.extents[n]) * itemsize for p in parts for n in p.stored}
         stored = sum(maps.values()) * (2 if self.backward else 1)
         if self.backward and self.mode == "gather":
@@ -229,7 +234,7 @@ def plan(
     budget cannot be met (it names both figures and the smallest budget that would do) or the image is too small.
     """
     bound = network.bind(image)
-    segment = Segment(bound, 0, len(bound.nodes))
+    segment = Segment(bound, 0, len(bound.nodes), takes_image=True)
     extents = {bound.extents[name] for name in segment.owned}
     if len(extents) > 1:
         names = ", ".join(f"{y} x {x}" for y, x in dict.fromkeys(bound.extents[name] for name in segment.owned))

@@ -116,7 +116,7 @@ class SaliencyPass:
             raise ValueError("maps that depend on the whole image (or are the result) take more than one sweep; "
                              "use tilestream.stream")  # fmt: skip
         self.network, self.plan, self.target, self.reduce = network.bind(plan.image), plan, target, reduce
-        self.segment = Segment(self.network, 0, len(self.network.nodes))
+        self.segment = Segment(self.network, 0, len(self.network.nodes), takes_image=True)
         self.dtype = torch.empty((), dtype=network.dtype).numpy().dtype
 
     @property

@@ -25,6 +25,8 @@ class Segment:
     network: Network
     start: int
     stop: int
+    takes_image: bool = False
+    """Whether reductions of the image itself are its: so for the first of all sweeps, which has no nodes."""
 
     @property
     def nodes(self) -> list[Node]:
@@ -43,7 +45,7 @@ class Segment:
 
     @cached_property
     def reduced(self) -> tuple[str, ...]:
-        made = {n.name for n in self.nodes} | ({self.network.image} if self.start == 0 else set())
+        made = {n.name for n in self.nodes} | ({self.network.image} if self.takes_image else set())
         return tuple(name for name, r in self.network.reductions.items() if r.source in made)
 
     @cached_property
@@ -86,4 +88,10 @@ def segments(network: Network, cuts: Sequence[int]) -> list[Segment]:
     """The network cut before the nodes of these numbers, and wherever a level ends."""
     levels = [i for i in range(1, len(network.nodes)) if network.nodes[i].level != network.nodes[i - 1].level]
     edges = sorted({0, len(network.nodes), *levels, *cuts})
-    return [Segment(network, a, b) for a, b in pairwise(edges)]
+    return [*before(network), *(Segment(network, a, b) for a, b in pairwise(edges))]
+
+
+def before(network: Network) -> list[Segment]:
+    """A sweep over the image alone, where it is reduced itself."""
+    reduced = any(r.source == network.image for r in network.reductions.values())
+    return [Segment(network, 0, 0, True)] if reduced else []

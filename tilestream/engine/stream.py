@@ -267,7 +267,7 @@ class Streamed(nn.Module):
 
         scratch = Scratch(plan.scratch_bytes, self.scratch) if scratch is None else scratch
         limit = resident_bytes() + int(0.7 * plan.peak_bytes)  # a step adds to it
-        return Pass(network, cut(network, plan), source, scratch, tape=tape, tick=tick, limit_bytes=limit)
+        return Pass(network, cut(network, plan.segments), source, scratch, tape=tape, tick=tick, limit_bytes=limit)
 
     @reused_buffers()
     def _forward(self, image: Source, keep: bool = False) -> tuple[Tensor, Pass]:

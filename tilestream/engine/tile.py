@@ -153,6 +153,7 @@ def backward(
         call = Backward(
             network.extents[node.inputs[0]], [channels[name] for name in node.inputs], rule, want_weights,
             stem and node.inputs[0] == network.image, node.name in owned,
+            want_image or set(node.inputs) != {network.image},
         )  # fmt: skip
         region = regions[node.name]
         parts, vectors, weights = node.operation.backward(

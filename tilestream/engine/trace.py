@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from tilestream.geometry import Extent
 
 from . import supported
-from .operations import Convolution, Operation
+from .operations import Convolution, Operation, TransposedConvolution
 from .reductions import Reduction
 from .supported import Stride
 
@@ -287,16 +287,14 @@ class _Builder:
     def _measure(self) -> None:
         """Channels and strides of all maps."""
         network = self.network
-        first = next((n for n in network.nodes if isinstance(n.operation, Convolution)), None)
+        known = (Convolution, TransposedConvolution)
+        first = next((n for n in network.nodes if isinstance(n.operation, known)), None)
         if first is None:
             raise ValueError(
                 f"{type(self.net).__name__} has no convolution, so the number of input channels is not known"
             )
-        assert isinstance(first.operation, Convolution)
-        added = {network.image: 0}  # channels that were padded on between the image and that convolution
-        for node in network.nodes[: network.nodes.index(first)]:
-            added[node.name] = node.operation.channels(*(added.get(name, 0) for name in node.inputs))
-        network.channels = first.operation.conv.in_channels - added[first.inputs[0]]
+        assert isinstance(first.operation, known)
+        network.channels = self._image_channels(first, first.operation.conv.in_channels)
         channels = {network.image: network.channels}
         strides: dict[str, Stride] = {network.image: (1, 1)}
         for node in network.nodes:
@@ -306,6 +304,16 @@ class _Builder:
             node.stride = strides[node.name] = (supported.whole(y * step[0]), supported.whole(x * step[1]))
         for reduction in network.reductions.values():
             reduction.channels = channels[reduction.source]
+
+    def _image_channels(self, first: Node, wanted: int) -> int:
+        """How many the image must have for the first convolution to read as many as it does."""
+        for count in range(1, wanted + 1):
+            channels = {self.network.image: count}
+            for node in self.network.nodes[: self.network.nodes.index(first)]:
+                channels[node.name] = node.operation.channels(*(channels[name] for name in node.inputs))
+            if channels[first.inputs[0]] == wanted:
+                return count
+        raise ValueError(f"{first.path or first.name}: no number of image channels gives it the {wanted} that it reads")
 
     def _check(self) -> None:
         """Runs the vectors on zeros: what comes out must be logits, what goes back to maps must be one pixel each."""

@@ -73,7 +73,7 @@ class Sliding:
         steps = -(-room // self.stride) if self.ceil else room // self.stride
         if self.ceil and steps * self.stride >= n + self.before:  # the last window must start inside
             steps -= 1
-        if room < 0 or steps < 0:
+        if steps < 0 or (room < 0 and not self.ceil):
             raise ValueError(
                 f"a window that spans {self.reach} px does not fit a map of {n} px with padding "
                 f"{self.before} + {self.after}"
