@@ -84,6 +84,9 @@ FUNCTIONS = {
     "excitation of shape": lambda net, x: x * x.mean((2, 3)).view(x.shape[0], x.size(1), 1, 1),
     "standardised": lambda net, x: (x - x.mean((2, 3), keepdim=True)) / (1 + x.mean([2, 3], True).abs()),
     "a shape": lambda net, x: F.interpolate(F.max_pool2d(x, 2), size=x.shape[2:], mode="bilinear") + x,
+    "a shape of a map that is used for nothing else": lambda net, x: F.interpolate(
+        x, size=(F.max_pool2d(x, 2) * x.mean((2, 3), keepdim=True)).shape[2:]
+    ),
     "padded to even": lambda net, x: F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)),
     "softmax over positions": lambda net, x: torch.softmax(x.flatten(2), -1).view(x.shape) * 100,
     "parameters": lambda net, x: x * net.scale + net.shift,

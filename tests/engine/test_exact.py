@@ -93,6 +93,8 @@ def test_integers_are_equal_bit_for_bit(whole, case):
         logits, gradient = whole(net, image, 1)
     except RuntimeError:  # a window does not fit the map before it
         return
+    if not logits.isfinite().all():  # a maximum over padding alone is minus infinity
+        return
     network = trace(net)
     stride = network.nodes[-1].stride
     tile = cells * stride[0] * stride[1]  # a multiple of both

@@ -171,12 +171,13 @@ class Costs:
         """Peak on the way back, from what the tape holds and the gradients of what the segment gives."""
         pending = {name: self._bytes(name, areas) for name in self.segment.owned if name in areas}
         peak = kept + tape + 2 * sum(pending.values())
+        fresh: set[str] = set()  # values whose gradient nobody else holds
         for node in reversed(nodes):
             own = pending.pop(node.name, 0)
             inputs = {n: self._bytes(n, areas) for n in node.inputs if n in areas}
             if self.mean and set(inputs) == {self.network.image}:
                 inputs = {self.network.image: 3 * areas[self.network.image] * self.itemsize}
-            again = sum(v for n, v in inputs.items() if n in pending)
+            again = sum(v for n, v in inputs.items() if n in pending and n not in fresh)  # added up elsewhere
             extra = self._tape_bytes(node, areas) * 5 // 4 if not tape else 0
             if isinstance(node.operation, MaxPool):
                 extra += 14 * node.channels * areas[node.name]
@@ -184,6 +185,8 @@ class Costs:
                 extra += sum(inputs.values()) if kept else 0  # its input, padded
             held = kept + tape + sum(pending.values())
             peak = max(peak, held + own + sum(inputs.values()) + again + extra)
+            fresh.update(pending.keys() & inputs.keys())
+            fresh.update(inputs if isinstance(node.operation, (Convolution, MaxPool, ReLU)) else ())
             pending.update(inputs)
             tape = max(0, tape - self._tape_bytes(node, areas)) if tape else 0
         return max(peak, 2 * sum(pending.values()))

@@ -262,16 +262,17 @@ class Convolution(Windowed):
         self._prepare()
 
     def _prepare(self) -> None:
-        with torch.no_grad():
-            self.weights = [w.detach() for w in self.effective()]
+        with torch.no_grad():  # folded in float64: rounding twice would flip more rectifiers
+            self.weights = [w.detach().to(self.conv.weight.dtype) for w in self.effective(torch.float64)]
         self.weights[0] = self.weights[0].contiguous(memory_format=self.layout)
         self._mean: Tensor | None = None
 
-    def effective(self) -> list[Tensor]:
+    def effective(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         weight, bias = self.conv.weight, self.conv.bias
         if self.norm is None:
             return [weight] if bias is None else [weight, bias]
-        scale, shift = frozen_norm(self.norm)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        scale, shift = frozen_norm(self.norm, dtype)
         return [weight * scale[:, None, None, None], shift if bias is None else bias * scale + shift]
 
     def channels(self, *channels: int) -> int:
@@ -504,15 +505,15 @@ def bordered(n: int, before: int, after: int, mode: str) -> Line:
     return Line(n, np.where(o < 0, -o, np.where(o >= n, 2 * (n - 1) - o, o)))
 
 
-def frozen_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def frozen_norm(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Scale and shift, (C,) each, of a batch norm in evaluation mode, differentiable in its weight and bias."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("batch norm without running statistics depends on the whole image")
-    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
     if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+        scale = scale * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
 
 
 def batch_norm(norm: nn.BatchNorm2d) -> Pointwise:

@@ -196,7 +196,8 @@ class Planner:
         scratch = min(left, stored)
         halo = 0
         for segment, plan in zip(parts, [c.plan for c in chosen], strict=True):
-            owned = segment.tiles(segment.owned, plan.forward_px)
+            if not (owned := segment.tiles(segment.owned, plan.forward_px)):
+                continue  # it was there for its shape alone
             middle = owned[len(owned) // 2]
             regions = segment.forward_regions(middle)
             strides = network.strides()
