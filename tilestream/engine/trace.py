@@ -86,30 +86,34 @@ class Network:
 
     def bind(self, image: Extent) -> Network:
         """The network for an image of this extent; ValueError names the module that it is too small for."""
-        extents = {self.image: image}
-        channels, nodes = self.channels_of(), []
+        extents, bound = {self.image: image}, dict[str, Node]()
+        channels, nodes = self.channels_of(), {n.name: n for n in self.nodes}
         statics = {v.name: v for v in self.vectors if v.static}
 
+        def visit(name: str) -> Extent:
+            """The extent of a map: shapes may be asked of maps of any level."""
+            if name not in extents:
+                node = nodes[name]
+                inputs = tuple(visit(each) for each in node.inputs)
+                try:
+                    bound[name] = node if node.make is None else replace(node, operation=node.make(known, inputs))
+                    extents[name] = bound[name].operation.extent(*inputs)
+                except ValueError as error:
+                    where = f"image of {image[0]} x {image[1]} px: {node.path or node.name}"
+                    raise error if str(error).startswith("image of ") else ValueError(f"{where}: {error}") from None
+            return extents[name]
+
         class Known(dict[str, Any]):
-            """Shapes and what follows from them, as far as maps are known."""
+            """Shapes and what follows from them."""
 
             def __missing__(self, name: str) -> Any:
-                if name in statics:
-                    self[name] = statics[name].call(self)
-                else:
-                    self[name] = torch.Size((1, channels[name], *extents[name]))
-                return self[name]
+                known = statics[name].call(self) if name in statics else torch.Size((1, channels[name], *visit(name)))
+                return self.setdefault(name, known)
 
         known = Known()
-        for node in self.nodes:
-            inputs = tuple(extents[name] for name in node.inputs)
-            try:
-                bound = node if node.make is None else replace(node, operation=node.make(known, inputs))
-                extents[node.name] = bound.operation.extent(*inputs)
-            except ValueError as error:
-                raise ValueError(f"image of {image[0]} x {image[1]} px: {node.path or node.name}: {error}") from None
-            nodes.append(bound)
-        network = replace(self, nodes=nodes, extents=extents)
+        for name in nodes:  # in order, so that the recursion stays flat
+            visit(name)
+        network = replace(self, nodes=[bound[name] for name in nodes], extents=extents)
         network.vectors = [replace(v, call=partial(_constant, known[v.name])) if v.static else v for v in self.vectors]
         return network
 
