@@ -38,3 +38,12 @@ def test_engine(tmp_path, capsys):
     assert cut["bytes"] <= cut["predicted_bytes"] <= 150 * 2**20
     assert "of peak" in capsys.readouterr().out
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_sizes(tmp_path, capsys):
+    out = tmp_path / "sizes.json"
+    rows = load("sizes").main(["--sizes", "256,512", "--memory", "100MiB", "--threads", "1", "--out", str(out)])
+    assert [row["size"] for row in rows] == [256, 512]
+    assert all(0 < row["bytes"] <= row["predicted_bytes"] <= 100 * 2**20 for row in rows)
+    assert "ns/px" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"] == rows

@@ -66,13 +66,14 @@ class Streamed(nn.Module):
 
     def plan(
         self, shape: Sequence[int], *, reduce: Reduce | None = "mean", method: str = "gradient", weights: bool = False,
-        mode: Mode | None = None, backward: bool = True,
+        mode: Mode | None = None, backward: bool = True, out: bool = False,
     ) -> Plan:  # fmt: skip
         """How an image of this shape, (C, H, W) or (H, W), is taken: segments, tiles, predicted peak bytes and FLOPs.
 
-        For saliency by `method`, or for `backward` (weights=True), or forward alone (backward=False). `mode` is
-        "scatter" or "gather" by predicted time unless given. Raises ValueError when the budget is too small (got,
-        needed and the smallest that works) or the image is.
+        For saliency by `method`, or for `backward` (weights=True), or forward alone (backward=False). `out`: the map
+        goes to an array of the caller's, which takes no part of the budget. `mode` is "scatter" or "gather" by
+        predicted time unless given. Raises ValueError when the budget is too small (got, needed and the smallest
+        that works) or the image is.
         """
         check(method, reduce)
         network = self.network().bind((int(shape[-2]), int(shape[-1])))
@@ -93,12 +94,12 @@ class Streamed(nn.Module):
             )
         if weights and modes != ["scatter"]:
             raise ValueError("gradients of weights come by mode='scatter'")
-        key = (network.extents[network.image], reduce == "mean", tuple(modes), weights, backward)
+        key = (network.extents[network.image], reduce == "mean", tuple(modes), weights, backward, out)
         if key not in self._plans:
             plans, errors = [], []
             for each in modes:
                 try:
-                    plans.append(self._plan(network, each, reduce, weights, backward))
+                    plans.append(self._plan(network, each, reduce, weights, backward, out))
                 except ValueError as error:
                     errors.append(error)
             if not plans:
@@ -106,11 +107,13 @@ class Streamed(nn.Module):
             self._plans[key] = min(plans, key=lambda p: p.seconds)
         return self._plans[key]
 
-    def _plan(self, network: Network, mode: Mode, reduce: Reduce | None, weights: bool, backward: bool) -> Plan:
+    def _plan(
+        self, network: Network, mode: Mode, reduce: Reduce | None, weights: bool, backward: bool, out: bool
+    ) -> Plan:  # fmt: skip
         height, width = network.extents[network.image]
         itemsize = torch.empty((), dtype=network.dtype).element_size()
         result = 0
-        if backward and not weights:
+        if backward and not weights and not out:
             result = height * width * itemsize * (network.channels if reduce is None else 1)
         planner = Planner(
             network, mode=mode, want_weights=weights, backward=backward, mean=reduce == "mean" and not weights,
@@ -155,7 +158,7 @@ class Streamed(nn.Module):
         """
         check(method, reduce)
         (source,) = self._images(image, one=True)
-        plan = self.plan(source.shape, reduce=reduce, method=method, mode=mode)
+        plan = self.plan(source.shape, reduce=reduce, method=method, mode=mode, out=out is not None)
         network = self.network().bind(plan.image)
         shape = plan.image if reduce is not None else (network.channels, *plan.image)
         if out is not None and tuple(out.shape) != shape:
