@@ -124,8 +124,9 @@ from tilestream.nets import build
 torch.manual_seed(0)
 torch.set_num_threads(1)
 name, size, memory, task = sys.argv[1], int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or ["gradient"])[0]
-net = build(name)
-streamed = stream(net, tile=int(memory)) if memory.isdigit() else stream(net, memory=memory)
+precision = "bf16" if name.endswith("bf16") else None
+net = build(name.removesuffix("-bf16"))
+streamed = stream(net, tile=int(memory)) if memory.isdigit() else stream(net, memory=memory, precision=precision)
 image = np.zeros((3, size, size), np.uint8)
 stream(net, tile=64).saliency(image[:, :64, :64])  # libraries load before the measurement
 process, peak, done = psutil.Process(), 0, threading.Event()
@@ -172,14 +173,15 @@ def test_measured_memory_stays_under_the_prediction_for_the_smallest_tiles(net, 
 
 
 COMBINATIONS = [
-    ("ResidualNet", "1024", "150 MiB", "gradient"), ("ResidualNet", "2048", "250 MiB", "gradient"),
+    ("ResidualNet", "3072", "300 MiB", "gradient"), ("ResidualNet", "2048", "250 MiB", "gradient"),
     ("ResidualNet", "2048", "350 MiB", "weights"), ("resnet18", "1024", "200 MiB", "gradient"),
     ("resnet18", "1024", "1 GiB", "gradient"), ("resnet18", "1024", "200 MiB", "guided"),
     ("resnet18", "1024", "300 MiB", "weights"), ("resnet18", "1024", "1 GiB", "weights"),
     ("resnet18", "2048", "300 MiB", "gradient"), ("resnet18", "2048", "300 MiB", "deconv"),
-    ("resnet18", "2048", "400 MiB", "weights"), ("resnet34", "1024", "200 MiB", "gradient"),
+    ("resnet18", "2048", "400 MiB", "weights"), ("resnet34", "2048", "400 MiB", "gradient"),
     ("resnet34", "1024", "400 MiB", "weights"), ("resnet50", "1024", "250 MiB", "gradient"),
     ("resnet50", "1024", "500 MiB", "weights"), ("resnet50", "2048", "800 MiB", "weights"),
+    ("resnet18-bf16", "2048", "250 MiB", "gradient"), ("resnet18-bf16", "2048", "300 MiB", "weights"),
 ]  # fmt: skip
 
 

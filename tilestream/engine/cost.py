@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-
 from tilestream.geometry import Extent, Region
 
 from .allocator import HEAP_BYTES
@@ -66,7 +64,7 @@ class Costs:
     ) -> None:
         self.segment, self.network = segment, segment.network
         self.want_weights, self.taped, self.mean = want_weights, taped, mean
-        self.itemsize = torch.empty((), dtype=self.network.dtype).element_size()
+        self.itemsize = self.network.map_dtype.itemsize
         self.channels = self.network.channels_of()
         self.lengths = cache(self._lengths)
 

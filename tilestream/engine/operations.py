@@ -59,6 +59,11 @@ class Operation:
         """`weights` again, as differentiable functions of the module's parameters."""
         return []
 
+    def cast(self, dtype: torch.dtype) -> Operation:
+        """Takes maps of this dtype from now on; `effective` stays as it is."""
+        self.weights = [w.to(dtype) for w in self.weights]
+        return self
+
     def channels(self, *channels: int) -> int:
         return max(channels)
 
@@ -158,7 +163,7 @@ class Pointwise(Operation):
         return inputs[0]
 
     def run(self, xs: Sequence[Tensor], vectors: Sequence[Tensor], region: Region, extent: Extent) -> Tensor:
-        return self.function(*xs, *vectors, *self.weights)
+        return self.function(*xs, *vectors, *self.weights).to(xs[0].dtype)
 
 
 class Add(Pointwise):

@@ -100,7 +100,7 @@ class Pass:
             if name in segment.stored or name in self._read_again:
                 self._store(self.maps, name).write(owned[name], values)
             if name == self.network.output and write is not None:
-                write(owned[name], values[0])
+                write(owned[name], values[0].to(self.network.dtype))
 
     def shares(self, segment: Segment, owned: Mapping[str, Region], parts: Mapping[str, Tensor]) -> dict[str, Partial]:
         network = self.network
@@ -109,7 +109,7 @@ class Pass:
             reduction = network.reductions[name]
             if reduction.source in parts:
                 region, extent = owned[reduction.source], network.extents[reduction.source]
-                found[name] = reduction.share(parts[reduction.source], region, extent)
+                found[name] = reduction.share(parts[reduction.source].to(network.dtype), region, extent)
         return found
 
     def finish(self, segment: Segment, shares: list[dict[str, Partial]]) -> None:
@@ -151,7 +151,7 @@ class Pass:
         if name not in stores:
             network = self.network
             stores[name] = self.scratch.map(
-                network.channels_of()[name], network.extents[name], network.dtype, network.device
+                network.channels_of()[name], network.extents[name], network.map_dtype, network.device
             )
         return stores[name]
 
@@ -173,7 +173,7 @@ class Pass:
                     else self.scratch.map(
                         node.channels if kind == "winners" else channels[name],
                         network.extents[node.name if kind == "winners" else name],
-                        torch.int16 if kind == "winners" else network.dtype, network.device,
+                        torch.int16 if kind == "winners" else network.map_dtype, network.device,
                     )
                     for name in (node.inputs if kind == "input" else (node.name,))
                 ]  # fmt: skip
@@ -365,6 +365,7 @@ class Pass:
         network, found = self.network, dict[str, Tensor]()
 
         def add(name: str, share: Tensor) -> None:
+            share = share.to(network.map_dtype)
             found[name] = found[name] + share if name in found else share
 
         for name in segment.stored:
@@ -374,7 +375,7 @@ class Pass:
             reduction = network.reductions[name]
             if reduction.source in regions and name in grads:
                 region, extent = regions[reduction.source], network.extents[reduction.source]
-                x = values(reduction.source, region) if reduction.reads_map else None
+                x = values(reduction.source, region).to(network.dtype) if reduction.reads_map else None
                 add(reduction.source, reduction.backward(grads[name], self.totals.get(name), x, region, extent))
         if dense is not None and network.output in regions and network.output in segment.owned:
             add(network.output, dense(regions[network.output]))
@@ -398,7 +399,7 @@ class Pass:
                 if write is not None:
                     channels = 1 if options["mean"] else network.channels
                     zeros = torch.zeros((channels, *region.shape), dtype=network.dtype)
-                    write(region, zeros if value is None else value[0])
+                    write(region, zeros if value is None else value[0].to(network.dtype))
             elif value is not None:
                 stored = self._input_gradient(name, options["mean"])
                 (stored.add if name in shared else stored.write)(region, value)
@@ -447,7 +448,7 @@ class Pass:
         network = self.network
         if name == network.image and name not in self.gradients:
             self.gradients[name] = self.scratch.map(
-                1 if mean else network.channels, network.extents[name], network.dtype, network.device
+                1 if mean else network.channels, network.extents[name], network.map_dtype, network.device
             )
         return self._store(self.gradients, name)
 
@@ -463,7 +464,7 @@ class Pass:
             region = Region(y, min(y + rows, height), 0, width)
             stored = self.gradients.get(network.image)
             if stored is not None:
-                write(region, stored.read(region)[0])
+                write(region, stored.read(region)[0].to(network.dtype))
             else:
                 write(region, torch.zeros((1, *region.shape), dtype=network.dtype))
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from pydantic import ByteSize, TypeAdapter
 
 from tilestream.geometry import Extent, Plan, Region, SegmentPlan, Tile, TilePlan, tile_regions
@@ -41,7 +40,7 @@ def cut(network: Network, parts: Sequence[SegmentPlan]) -> list[tuple[Segment, S
 
 def stored_tape_bytes(network: Network) -> int:
     """What gather stores for the way back: signs of ReLUs, winners of poolings, inputs of what is not linear."""
-    itemsize, channels = torch.empty((), dtype=network.dtype).element_size(), network.channels_of()
+    itemsize, channels = network.map_dtype.itemsize, network.channels_of()
     total = 0
     for node in network.nodes:
         kind, area = keeps(node.operation, False), math.prod(network.extents[node.name])
@@ -156,7 +155,7 @@ class Planner:
         if None in first:
             return None
         best: dict[int, tuple[float, list[Choice]]] = {0: (0.0, [c for c in first if c is not None])}
-        itemsize = torch.empty((), dtype=self.network.dtype).element_size()
+        itemsize = self.network.map_dtype.itemsize
         channels = self.network.channels_of()
         for j, stop in enumerate(edges[1:], 1):
             for start in edges[:j]:
@@ -184,7 +183,7 @@ class Planner:
 
     def _plan(self, chosen: list[Choice], memory: int | None) -> Plan:
         network, tile_bytes = self.network, max(c.plan.tile_bytes for c in chosen) + _kernels(chosen)
-        itemsize, channels = torch.empty((), dtype=network.dtype).element_size(), network.channels_of()
+        itemsize, channels = network.map_dtype.itemsize, network.channels_of()
         parts = [segment for segment, _ in cut(network, [c.plan for c in chosen])]
         maps = {n: channels[n] * math.prod(network.extents[n]) * itemsize for p in parts for n in p.stored}
         stored = sum(maps.values()) * (2 if self.backward else 1)
@@ -254,7 +253,7 @@ def plan(
         options = [(int(tile), int(tile))]
     else:
         options = sizes(image, stride)
-    itemsize = torch.empty((), dtype=network.dtype).element_size()
+    itemsize = network.dtype.itemsize
 
     def priced(size: Extent) -> tuple[Cost, int]:
         cost = costs.price(size, "scatter")

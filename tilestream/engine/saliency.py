@@ -194,7 +194,7 @@ class SaliencyPass:
         value = got.values.get(self.network.image)
         if value is None:
             value = torch.zeros((1, 1 if mean else self.network.channels, *tile.window.shape), dtype=self.network.dtype)
-        gradient = value[0].contiguous().cpu().numpy()
+        gradient = value[0].contiguous().to("cpu", self.network.dtype).numpy()
         parts = {}
         for index in self.plan.targets[tile.index]:
             region = tile.window.intersect(self.plan.tiles[index].cell)

@@ -62,6 +62,11 @@ class FileArray:
                 part, place = part[done:], place + done
 
 
+def holder(dtype: torch.dtype) -> torch.dtype:
+    """A dtype of the same size that numpy has."""
+    return torch.int16 if dtype == torch.bfloat16 else dtype
+
+
 class Scratch:
     """Hands out maps; `memory` bytes of them stay in memory, the others are made by `allocate` (files by default)."""
 
@@ -69,12 +74,12 @@ class Scratch:
         self.left, self.allocate = memory, allocate
 
     def map(self, channels: int, extent: Extent, dtype: torch.dtype, device: torch.device) -> Stored:
-        kind = torch.empty((), dtype=dtype).numpy().dtype
+        kind = torch.empty((), dtype=holder(dtype)).numpy().dtype
         shape = (*extent, channels)
         size = int(np.prod(shape)) * kind.itemsize
         if size <= self.left:
             self.left -= size
-            return Stored(torch.zeros(shape, dtype=dtype).numpy(), dtype, device, lambda: self._give_back(size))
+            return Stored(torch.zeros(shape, dtype=holder(dtype)).numpy(), dtype, device, lambda: self._give_back(size))
         return Stored(self.allocate(shape, kind), dtype, device, lambda: None)
 
     def _give_back(self, size: int) -> None:
@@ -96,10 +101,10 @@ class Stored:
         """(1, C, h, w), channels-last, a copy."""
         block = np.asarray(self.array[region.y0 : region.y1, region.x0 : region.x1])
         block = block if block.flags.owndata else block.copy()
-        return torch.from_numpy(block).to(self.device).permute(2, 0, 1)[None]
+        return torch.from_numpy(block).view(self.dtype).to(self.device).permute(2, 0, 1)[None]
 
     def write(self, region: Region, values: Tensor) -> None:
-        block = values[0].permute(1, 2, 0).cpu().numpy()
+        block = values[0].permute(1, 2, 0).cpu().view(holder(self.dtype)).numpy()
         self.array[region.y0 : region.y1, region.x0 : region.x1] = block
 
     def add(self, region: Region, values: Tensor) -> None:

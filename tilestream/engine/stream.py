@@ -17,24 +17,26 @@ from .planner import Planner, cut, parse_bytes
 from .saliency import Reduce, Saliency, Sink, check, reduced
 from .scratch import Allocate, FileArray, Scratch
 from .tile import Array, Source, keeps
-from .trace import Network, trace
+from .trace import Network, Precision, trace
 
 DEFAULT_MEMORY = "2 GiB"
 Progress = Callable[[int, int], None]
 
 
 def stream(
-    net: nn.Module, *, memory: int | str | None = None, tile: int | None = None, scratch: Allocate = FileArray
-) -> Streamed:
+    net: nn.Module, *, memory: int | str | None = None, tile: int | None = None, scratch: Allocate = FileArray,
+    precision: Precision | None = None,
+) -> Streamed:  # fmt: skip
     """A network that runs over images of any size tile by tile, with the results of the un-tiled network.
 
     `memory` bounds what a call adds to the process's resident memory ("2 GiB" unless given); `tile` fixes the side of
     the tiles instead, in input px, a multiple of the network's stride. Maps between tiles that do not fit are kept in
     arrays that `scratch(shape, dtype)` makes: files that vanish by themselves, unless given. `net` must be in
     evaluation mode, and every operation on maps must be one that can be streamed exactly; ValueError names the
-    module otherwise.
+    module otherwise. `precision="bf16"` keeps maps in bfloat16: an approximation, asked for by name, for machines that
+    are faster in it; sums, head and results stay in the dtype of the parameters.
     """
-    return Streamed(net, memory=memory, tile=tile, scratch=scratch)
+    return Streamed(net, memory=memory, tile=tile, scratch=scratch, precision=precision)
 
 
 class Streamed(nn.Module):
@@ -42,12 +44,12 @@ class Streamed(nn.Module):
 
     def __init__(
         self, net: nn.Module, *, memory: int | str | None = None, tile: int | None = None,
-        scratch: Allocate = FileArray,
+        scratch: Allocate = FileArray, precision: Precision | None = None,
     ) -> None:  # fmt: skip
         if memory is not None and tile is not None:
             raise ValueError(f"memory={memory!r} and tile={tile} both fix the tiles; give one of them")
         super().__init__()
-        self.net, self.tile, self.scratch = net, tile, scratch
+        self.net, self.tile, self.scratch, self.precision = net, tile, scratch, precision
         self.training = False
         self.memory = parse_bytes(DEFAULT_MEMORY if memory is None else memory)
         self._stamp: Any = None
@@ -59,7 +61,7 @@ class Streamed(nn.Module):
         state = [*self.net.parameters(), *self.net.buffers()]
         stamp = [(t.data_ptr(), t._version, t.dtype, t.device) for t in state], [m.training for m in self.net.modules()]
         if stamp != self._stamp:
-            self._network, self._stamp = trace(self.net), stamp
+            self._network, self._stamp = trace(self.net, self.precision), stamp
             self._held = [t.detach() for t in state]  # or new weights could get the addresses of old ones
             self._plans.clear()
         return self._network
@@ -111,7 +113,7 @@ class Streamed(nn.Module):
         self, network: Network, mode: Mode, reduce: Reduce | None, weights: bool, backward: bool, out: bool
     ) -> Plan:  # fmt: skip
         height, width = network.extents[network.image]
-        itemsize = torch.empty((), dtype=network.dtype).element_size()
+        itemsize = network.dtype.itemsize
         result = 0
         if backward and not weights and not out:
             result = height * width * itemsize * (network.channels if reduce is None else 1)

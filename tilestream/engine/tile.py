@@ -41,7 +41,7 @@ def read(network: Network, source: Source, window: Region) -> Tensor:
     block = source[:, window.y0 : window.y1, window.x0 : window.x1]
     dtype = torch.empty((), dtype=network.dtype).numpy().dtype
     x = block.detach() if isinstance(block, Tensor) else torch.from_numpy(np.array(block, dtype))
-    x = x.to(network.device, network.dtype)[None]
+    x = x.to(network.device, network.map_dtype)[None]
     return x.clone(memory_format=torch.channels_last) if x.data_ptr() else x
 
 
@@ -180,7 +180,8 @@ def backward(
         keep_under(limit_bytes)
         if weights:
             found.weights[node.name] = [
-                torch.zeros_like(w) if g is None else g for g, w in zip(weights, node.operation.weights, strict=True)
+                (torch.zeros_like(w) if g is None else g).to(network.dtype)
+                for g, w in zip(weights, node.operation.weights, strict=True)
             ]
     if mean and network.image in values and values[network.image].shape[1] > 1:
         values[network.image] = values[network.image].mean(1, keepdim=True)

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,8 @@ from . import supported
 from .operations import Convolution, Operation, TransposedConvolution
 from .reductions import Reduction
 from .supported import Stride
+
+Precision = Literal["bf16"]
 
 
 @dataclass
@@ -69,6 +71,9 @@ class Network:
     """Whether all from the reductions to the logits is linear, and all reductions are means of maps of level 0."""
     parameters: list[nn.Parameter] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
+    """Of parameters, vectors and results."""
+    map_dtype: torch.dtype = torch.float32
+    """Of maps: the same, or a shorter one where that was asked for by name."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     extents: dict[str, Extent] = field(default_factory=dict)
     """The extent of every map; empty until `bind`."""
@@ -96,7 +101,10 @@ class Network:
                 node = nodes[name]
                 inputs = tuple(visit(each) for each in node.inputs)
                 try:
-                    bound[name] = node if node.make is None else replace(node, operation=node.make(known, inputs))
+                    bound[name] = node
+                    if node.make is not None:
+                        made = node.make(known, inputs).cast(self.map_dtype)
+                        bound[name] = replace(node, operation=made)
                     extents[name] = bound[name].operation.extent(*inputs)
                 except ValueError as error:
                     where = f"image of {image[0]} x {image[1]} px: {node.path or node.name}"
@@ -131,14 +139,18 @@ def _constant(value: Any, _: Mapping[str, Any]) -> Any:
     return value
 
 
-def trace(net: nn.Module) -> Network:
+def trace(net: nn.Module, precision: Precision | None = None) -> Network:
     """Traces `net`, which must be in evaluation mode, and checks that every operation can be streamed exactly.
+
+    Maps have the dtype of the parameters, or bfloat16 for `precision` "bf16".
 
     Raises ValueError that names the module's path and the operation, for anything else.
     """
     for path, module in net.named_modules():
         if module.training:
             raise ValueError(f"the network is in train mode at {path or '(root)'}; call net.eval() first")
+    if precision not in (None, "bf16"):
+        raise ValueError(f"precision={precision!r} is not known; use 'bf16', or None for that of the parameters")
     dtypes = {p.dtype for p in net.parameters()}
     if len(dtypes) > 1 or torch.bfloat16 in dtypes:
         names = ", ".join(sorted(map(str, dtypes)))
@@ -148,7 +160,11 @@ def trace(net: nn.Module) -> Network:
     except Exception as error:  # fx raises many kinds, all of them about the user's forward code
         why = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{type(net).__name__}.forward cannot be traced by torch.fx: {why}") from error
-    return _Builder(net, graph).build()
+    network = _Builder(net, graph).build()
+    network.map_dtype = torch.bfloat16 if precision == "bf16" else network.dtype
+    for node in network.nodes:
+        node.operation.cast(network.map_dtype)
+    return network
 
 
 def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
