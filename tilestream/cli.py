@@ -28,7 +28,7 @@ BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryErro
 """What is the caller's to mend: exit status 2."""
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")]
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="the data set")]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="the data set: a folder, or a URL")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -186,6 +186,31 @@ def info(store: StorePath, as_json: Annotated[bool, typer.Option("--json", help=
 
 
 @app.command()
+@with_options(ClusterConfig, hide=("memory", "threads"))
+def verify(
+    store: StorePath,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    *,
+    values: dict[str, Any],
+) -> None:
+    """Compares every file of a store with the hash that it was committed with; exit status 1 if any is damaged."""
+    with Context(Path(), store, configured(ClusterConfig, values)) as context:
+        found = stages.verify(context)
+    if as_json:
+        print(json.dumps([vars(damage) for damage in found], indent=2))
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def gc(
+    store: StorePath,
+    older: Annotated[float, typer.Option(help="seconds without a write after which an attempt is dead")] = 900.0,
+) -> None:
+    """Removes what killed runs of ingest have left in a store."""
+    stages.clear(Context(Path(), store), older)
+
+
+@app.command()
 def plan(
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in px")],
     net: Annotated[
@@ -209,7 +234,7 @@ def run_command(
         Path, typer.Argument(metavar="PIPELINE", help="a YAML file, or the name of one that comes along")
     ],
     out: Annotated[Path, typer.Option(help="the run's folder")],
-    store: Annotated[Path | None, typer.Option(help="the data set")] = None,
+    store: Annotated[str | None, typer.Option(help="the data set: a folder, or a URL")] = None,
     models: Models = None,
     set_: Settings = None,
     resume: Resume = False,
@@ -236,7 +261,7 @@ def demo(
 def _run(
     pipeline: Path,
     out: Path,
-    store: Path | None,
+    store: str | None,
     models: Path | None,
     settings: list[str],
     resume: bool,

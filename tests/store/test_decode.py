@@ -1,5 +1,7 @@
+import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,16 @@ import pyvips
 from PIL import Image, ImageOps
 
 from tilestream.store import decode
+from tilestream.store.pyramid import strips
+
+
+def decoded(data: bytes, max_megapixels: float = 100) -> np.ndarray:
+    """All pixels of a file of these bytes."""
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(data)
+        image = decode.photograph(file, max_megapixels)
+        with decode.damage():
+            return np.concatenate([strip.copy() for strip in strips(image)])
 
 
 def encoded(pixels: np.ndarray, kind: str, **options: object) -> bytes:
@@ -19,33 +31,33 @@ def encoded(pixels: np.ndarray, kind: str, **options: object) -> bytes:
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
 def test_lossless_formats(noise: Callable[..., np.ndarray], kind: str, options: dict[str, object]) -> None:
-    np.testing.assert_array_equal(decode.decode(encoded(noise(), kind, **options)), noise())
+    np.testing.assert_array_equal(decoded(encoded(noise(), kind, **options)), noise())
 
 
 def test_jpeg_is_what_libvips_decodes_without_ado(noise: Callable[..., np.ndarray]) -> None:
     data = encoded(noise(), "JPEG", quality=90)
-    np.testing.assert_array_equal(decode.decode(data), pyvips.Image.new_from_buffer(data, "").numpy())
+    np.testing.assert_array_equal(decoded(data), pyvips.Image.new_from_buffer(data, "").numpy())
 
 
 def test_grey_is_repeated(noise: Callable[..., np.ndarray]) -> None:
     grey = noise(channels=1)
-    np.testing.assert_array_equal(decode.decode(encoded(grey, "PNG")), np.stack([grey] * 3, axis=-1))
+    np.testing.assert_array_equal(decoded(encoded(grey, "PNG")), np.stack([grey] * 3, axis=-1))
 
 
 @pytest.mark.parametrize(("bands", "interpretation"), [(1, "grey16"), (3, "rgb16")])
 def test_sixteen_bits_keep_the_high_byte(bands: int, interpretation: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40, bands), dtype=np.uint16)
     data = pyvips.Image.new_from_array(pixels).copy(interpretation=interpretation).pngsave_buffer()
-    np.testing.assert_array_equal(decode.decode(data), np.broadcast_to(pixels >> 8, (30, 40, 3)))
+    np.testing.assert_array_equal(decoded(data), np.broadcast_to(pixels >> 8, (30, 40, 3)))
 
 
 def test_alpha_is_flattened_on_black(noise: Callable[..., np.ndarray]) -> None:
     pixels = noise(channels=4)
     pixels[:35, :, 3] = 255
     pixels[35:, :, 3] = 0
-    decoded = decode.decode(encoded(pixels, "PNG"))
-    np.testing.assert_array_equal(decoded[:35], pixels[:35, :, :3])
-    assert (decoded[35:] == 0).all()
+    got = decoded(encoded(pixels, "PNG"))
+    np.testing.assert_array_equal(got[:35], pixels[:35, :, :3])
+    assert (got[35:] == 0).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -57,9 +69,9 @@ def test_exif_orientation(noise: Callable[..., np.ndarray], orientation: int) ->
         data = encoded(pixels, kind, exif=exif)
         with Image.open(io.BytesIO(data)) as image:
             upright = np.asarray(ImageOps.exif_transpose(image))
-        np.testing.assert_array_equal(decode.decode(data), upright)
+        np.testing.assert_array_equal(decoded(data), upright)
     jpeg = encoded(pixels, "JPEG", exif=exif)
-    assert decode.decode(jpeg).shape == upright.shape
+    assert decoded(jpeg).shape == upright.shape
 
 
 def cmyk_jpeg() -> bytes:
@@ -93,7 +105,7 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><rect wid
 )
 def test_refusals(data: bytes, reason: str) -> None:
     with pytest.raises(decode.Unusable) as caught:
-        decode.decode(data)
+        decoded(data)
     assert caught.value.reason == reason
     assert "\n" not in str(caught.value)
 
@@ -102,19 +114,17 @@ def test_refusals(data: bytes, reason: str) -> None:
 @pytest.mark.parametrize("part", [0.3, 0.99])
 def test_truncated_files_are_damaged(noise: Callable[..., np.ndarray], kind: str, part: float) -> None:
     data = encoded(noise(300, 200), kind)
-    decode.decode(data)
+    decoded(data)
     with pytest.raises(decode.Unusable) as caught:
-        decode.decode(data[: int(len(data) * part)])
+        decoded(data[: int(len(data) * part)])
     assert caught.value.reason == "damaged"
 
 
-def test_too_large_is_told_from_the_header(monkeypatch: pytest.MonkeyPatch, noise: Callable[..., np.ndarray]) -> None:
+def test_too_large_is_told_from_the_header(noise: Callable[..., np.ndarray]) -> None:
     data = encoded(noise(), "PNG")
-    monkeypatch.setattr(decode, "MAX_PIXELS", 70 * 90)
-    decode.decode(data)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 70 * 90 - 1)
-    with pytest.raises(decode.Unusable, match="70 x 90 pixels") as caught:
-        decode.decode(data)
+    decoded(data, max_megapixels=70 * 90 / 1e6)
+    with pytest.raises(decode.Unusable, match="70 x 90 pixels; the limit is") as caught:
+        decoded(data, max_megapixels=(70 * 90 - 1) / 1e6)
     assert caught.value.reason == "too_large"
 
 
@@ -123,10 +133,11 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "file.jpg").write_bytes(b"bytes")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
-    assert decode.read_regular(tmp_path / "file.jpg") == b"bytes"
+    with decode.opened(tmp_path / "file.jpg") as file:
+        assert decode.digest(file) == hashlib.sha256(b"bytes").hexdigest()
     reasons = {"fifo.jpg": "not_a_file", "folder.jpg": "not_a_file", "none.jpg": "missing_file"}
     for name, reason in {**reasons, "loop.jpg": "unreadable", "a\0b": "unreadable", "n" * 300: "unreadable"}.items():
-        with pytest.raises(decode.Unusable) as caught:
-            decode.read_regular(tmp_path / name)
+        with pytest.raises(decode.Unusable) as caught, decode.opened(tmp_path / name):
+            pass
         assert caught.value.reason == reason, name
         assert str(tmp_path) not in str(caught.value)

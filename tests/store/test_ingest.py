@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tilestream.store import Source, Store, create_store, find_photographs, ingest_photograph, layout
+from tilestream.store import Source, Store, create_store, find_photographs, ingest_photograph
 from tilestream.store import ingest as ingest_module
+from tilestream.store.files import Folder
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_result_and_arguments_travel(store: Path, source: Source) -> None:
 
 def test_a_second_ingest_skips(store: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ingest_photograph(store, source)
-    monkeypatch.setattr(ingest_module.decode, "decode", lambda data: pytest.fail("decoded again"))
+    monkeypatch.setattr(ingest_module.decode, "photograph", lambda *_: pytest.fail("decoded again"))
     assert ingest_photograph(store, source) == {**first, "status": "skipped"}
 
 
@@ -84,7 +85,7 @@ def test_bad_photographs_are_quarantined_and_tried_again(
     assert table.loc["none", "sha256"] is None
     assert table.loc["cut", "path"] == "cut.jpg"
     assert Store(store).ids == []
-    assert list((store / "images").iterdir()) == []
+    assert [path for path in (store / "images").rglob("*") if path.is_file()] == []
     (folder / "cut.jpg").write_bytes(whole)
     assert ingest_photograph(store, find_photographs(folder, labels)[0])["status"] == "committed"
     assert "cut" not in set(Store(store).quarantined()["id"])
@@ -108,7 +109,7 @@ def test_a_kill_before_the_commit_leaves_no_image(
     store: Path, source: Source, noise: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "create_json", lambda path, value: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Folder, "create", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ingest_photograph(store, source)
     assert len(list((store / "images" / "a%20b").iterdir())) == 1
@@ -141,10 +142,10 @@ def test_eight_writers_one_commit(store: Path, source: Source, noise: Callable[.
 
 
 def test_a_full_disk_raises_and_leaves_nothing(store: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path) -> None:
+    def full(files: Folder, folder: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(layout, "sync_tree", full)
+    monkeypatch.setattr(Folder, "settle", full)
     with pytest.raises(OSError, match="No space left"):
         ingest_photograph(store, source)
     assert list((store / "images" / "a%20b").iterdir()) == []
@@ -168,14 +169,15 @@ def test_create_store(tmp_path: Path, store: Path) -> None:
         create_store(tmp_path / "full" / "thesis.txt")
 
 
-def test_replace_json_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout.replace_json(tmp_path / "x.json", {"a": 1})
+def test_a_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Folder(tmp_path)
+    place.write("x.json", b'{"a": 1}')
 
-    def fail(path: Path) -> None:
+    def fail(descriptor: int) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr(layout, "sync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no"):
-        layout.replace_json(tmp_path / "x.json", {"a": 2})
+        place.write("x.json", b'{"a": 2}')
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

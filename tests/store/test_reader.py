@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tilestream.store import Store, create_store, find_photographs, ingest_photograph, reader, write_labels
+from tilestream.store import Store, create_store, find_photographs, ingest_photograph, write_labels
+from tilestream.store.files import Folder
 
 
 def labels(**values: int | None) -> pd.DataFrame:
@@ -102,7 +103,7 @@ def test_samples_are_rebuilt_only_when_stale(
 
 
 def test_a_store_that_cannot_be_written_is_read(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(Folder, "writable", lambda files: False)
     assert Store(filled).samples()["id"].tolist() == ["a", "b", "c"]
     assert not (filled / "samples.parquet").exists()
 

@@ -4,6 +4,7 @@ from .base import ClusterConfig, Context, Stage, StageConfig, parse
 from .pipeline import STAGES, Pipeline, find, load, run_pipeline
 from .plan import plan_text
 from .runner import execute
+from .upkeep import clear, verify
 
 __all__ = [
     "STAGES",
@@ -12,10 +13,12 @@ __all__ = [
     "Pipeline",
     "Stage",
     "StageConfig",
+    "clear",
     "execute",
     "find",
     "load",
     "parse",
     "plan_text",
     "run_pipeline",
+    "verify",
 ]

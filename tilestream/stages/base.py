@@ -19,7 +19,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from tilestream.cluster import connect, dashboard_link
-from tilestream.store import Store
+from tilestream.store import Store, is_url
 
 
 class StageConfig(BaseModel):
@@ -44,7 +44,8 @@ class Context:
     """One run: its folder, its store, its cluster (started when first asked for), and how to speak."""
 
     run: Path
-    store_path: Path | None = None
+    store_path: Path | str | None = None
+    """A folder, or a URL like s3://bucket/prefix."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     models: Path | None = None
     """Folder with the models to use, where they are not this run's own."""
@@ -58,7 +59,8 @@ class Context:
     def __post_init__(self) -> None:
         """Absolute paths: workers of a cluster that is joined were started in folders of their own."""
         self.run = self.run.absolute()
-        self.store_path = self.store_path and self.store_path.absolute()
+        if self.store_path is not None:
+            self.store_path = str(self.store_path) if is_url(self.store_path) else Path(self.store_path).absolute()
         self.models = self.models and self.models.absolute()
 
     @property

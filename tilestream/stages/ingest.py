@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pyvips
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from tilestream.cluster import Job
-from tilestream.store import Store, create_store, find_photographs, ingest_photograph, read_labels, write_labels
+from tilestream.store import (
+    Format,
+    Limits,
+    Settings,
+    Store,
+    create_store,
+    find_photographs,
+    ingest_guarded,
+    is_url,
+    lease,
+    open_store,
+    read_labels,
+    write_labels,
+    write_series,
+)
 
 from .base import Context, Stage, StageConfig
 from .jobs import run_jobs
@@ -29,6 +43,13 @@ class IngestConfig(StageConfig):
     patient_column: str | None = Field(
         None, description="its column with the patients (default: every photograph its own)"
     )
+    chunks: int = Field(512, ge=64, description="side of a chunk in px")
+    shards: int = Field(8192, ge=64, description="side of the square in px whose area a shard holds at most")
+    codec: Literal["zstd", "lz4", "jpegxl"] = Field("zstd", description="lossless compression; jpegxl is an extra")
+    max_megapixels: float = Field(4096, gt=0, description="larger photographs are quarantined")
+    max_side: int = Field(100_000, ge=1, description="photographs with a longer side, in px, are quarantined")
+    time_limit: float = Field(600, gt=0, description="seconds for one photograph")
+    memory_limit: ByteSize = Field(ByteSize(4 * 2**30), description="bytes that one photograph may take while read")
 
 
 def run(config: IngestConfig, context: Context) -> None:
@@ -44,39 +65,50 @@ def run(config: IngestConfig, context: Context) -> None:
     sources = {source.id: source for source in find_photographs(folder, table)}
     if not sources:
         raise ValueError(f"folder={str(folder)!r} holds no photographs (.jpeg, .jpg, .png, .tif, .tiff, .webp)")
+    settings, limits = _settings(config)
     store = create_store(context.store_path)
+    with lease(open_store(store), "ingest"):
+        _ingest(sources, table, store, settings, limits, context)
+
+
+def _settings(config: IngestConfig) -> tuple[Settings, Limits]:
+    settings = Settings(Format(config.chunks, config.shards, config.codec), config.max_megapixels)
+    return settings, Limits(config.time_limit, config.memory_limit, config.max_side)
+
+
+def _ingest(
+    sources: dict[str, Any], table: Any, store: Any, settings: Settings, limits: Limits, context: Context
+) -> None:
     if table is not None:
         write_labels(store, table)
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    started, megapixels = time.perf_counter(), 0.0
 
     def done(name: str, result: dict[str, Any]) -> None:
+        nonlocal megapixels
         outcomes[result["status"]] += 1
+        megapixels += result["megapixels"] * (result["status"] == "committed")
         if result["status"] == "quarantined":
             reasons[result["reason"]] += 1
             context.say(f"ingest: {result['id']} quarantined: {result['reason']}")
 
-    run_jobs(context, "ingest", list(sources), lambda id: Job.call(id, one, str(store), sources[id]), done)
+    job = {id: (str(store), source, settings, limits) for id, source in sources.items()}
+    run_jobs(context, "ingest", list(sources), lambda id: Job.call(id, ingest_guarded, *job[id]), done)
+    write_series(store)
     left = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     context.say(
         f"ingest: {len(sources)} photographs = {outcomes['committed']} committed + {outcomes['skipped']} there already "
-        f"+ {outcomes['quarantined']} quarantined{f' ({left})' if left else ''}"
+        f"+ {outcomes['quarantined']} quarantined{f' ({left})' if left else ''}; "
+        f"{megapixels / (time.perf_counter() - started):.1f} megapixels/s"
     )
     if conflicts := reasons["conflicting_source"]:  # labels, too, would speak of bytes that are not those stored
         raise ValueError(
-            f"{conflicts} photographs of folder={str(folder)!r} are not those stored in {str(store)!r} under the same "
-            "names; ingest them into a new store"
+            f"{conflicts} photographs are not those stored in {str(store)!r} under the same names; "
+            "ingest them into a new store"
         )
     if not Store(store).ids:
-        raise ValueError(
-            f"no photograph of folder={str(folder)!r} could be ingested; 'tilestream info {store}' says why"
-        )
-
-
-def one(store: str, source: Any) -> dict[str, Any]:
-    """One photograph, on a worker; libvips' own threads would compete with the other workers."""
-    pyvips.concurrency_set(1)
-    return ingest_photograph(store, source)
+        raise ValueError(f"no photograph could be ingested; 'tilestream info {store}' says why")
 
 
 def located(path: Path, context: Context) -> Path:
@@ -90,7 +122,8 @@ def reads(config: IngestConfig, context: Context) -> Iterable[Path]:
 
 
 def writes(config: IngestConfig, context: Context) -> Iterable[Path]:
-    return [context.store_path / "commits"] if context.store_path else []
+    place = context.store_path
+    return [] if place is None or is_url(place) else [Path(place) / "commits"]
 
 
 STAGE = Stage("ingest", IngestConfig, run, reads, writes, uses_store=False)

@@ -1,6 +1,5 @@
 """The store as an xarray Dataset: the samples table, the squares and the photographs, all lazy."""
 
-import os
 from typing import Any
 
 import dask.array as da
@@ -8,11 +7,12 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
+from tilestream.store.files import Location
 from tilestream.store.pyramid import SQUARE_PX
 from tilestream.store.reader import Store
 
 
-def open_dataset(path: str | os.PathLike[str]) -> xr.Dataset:
+def open_dataset(path: Location) -> xr.Dataset:
     """Open a store: dimension `id`, one variable a column of `Store.samples()`, and `square` (id, c, y, x) uint8.
 
     `square` is backed by Dask, one chunk a photograph; no pixel is read here. Unknown labels are NaN (label is
@@ -70,5 +70,5 @@ class Photographs:
         Raises ValueError for an unknown id or level.
         """
         group = Store(self._path).group(str(id), level)
-        image: xr.DataArray = xr.open_zarr(group)["image"]
+        image: xr.DataArray = xr.open_zarr(group, consolidated=True)["image"]
         return image

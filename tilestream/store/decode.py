@@ -1,24 +1,31 @@
 """A photograph's bytes to pixels: known formats only, decoded completely, with one reason code for each refusal."""
 
+from __future__ import annotations
+
+import contextlib
+import hashlib
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyvips
 
-MAX_PIXELS = 2**29  # a photograph is held whole while it is ingested: 1.6 GB of pixels at most
+MAX_MEGAPIXELS = 4096
+TURNED_IN_MEMORY = 2**26
+"""Pixels up to which a photograph is turned upright in memory; larger ones in a temporary file."""
 
 # By the first bytes and never by the name: libvips would sniff an SVG or a PDF under a .jpg name and render it.
 _LOADERS = {
-    b"\xff\xd8\xff": "jpegload_buffer",
-    b"\x89PNG\r\n\x1a\n": "pngload_buffer",
-    b"II*\0": "tiffload_buffer",
-    b"MM\0*": "tiffload_buffer",
-    b"II+\0": "tiffload_buffer",
-    b"MM\0+": "tiffload_buffer",
+    b"\xff\xd8\xff": "jpegload_source",
+    b"\x89PNG\r\n\x1a\n": "pngload_source",
+    b"II*\0": "tiffload_source",
+    b"MM\0*": "tiffload_source",
+    b"II+\0": "tiffload_source",
+    b"MM\0+": "tiffload_source",
 }
-_FORMATS = {"srgb": "uchar", "b-w": "uchar", "rgb16": "ushort", "grey16": "ushort"}
+_FORMATS = {"srgb": "uchar", "b-w": "uchar", "rgb16": "ushort", "grey16": "ushort", "cmyk": "uchar"}
 
 
 class Unusable(Exception):
@@ -29,56 +36,124 @@ class Unusable(Exception):
         self.reason = reason
 
 
-def read_regular(path: str | os.PathLike[str]) -> bytes:
-    """All bytes of a regular file. Raises Unusable (missing_file, not_a_file, unreadable), never waits on a FIFO."""
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A regular file, open for reading, never a FIFO. Raises Unusable: missing_file, not_a_file, unreadable."""
     try:
         # not blocking, and asked for its kind once open: a FIFO hangs a plain open, and a path can change after a stat
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise Unusable("not_a_file", "not a regular file")
-            return file.read()
+        file = os.fdopen(descriptor, "rb", buffering=0)  # libvips moves the same offset
     except FileNotFoundError:
         raise Unusable("missing_file", "no such file") from None
     except IsADirectoryError:
         raise Unusable("not_a_file", "a folder, not a file") from None
     except (OSError, ValueError) as error:
         raise Unusable("unreadable", getattr(error, "strerror", None) or str(error)) from None
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Unusable("not_a_file", "not a regular file")
+        yield file
 
 
-def decode(data: bytes) -> npt.NDArray[np.uint8]:
-    """The pixels of a JPEG, PNG, TIFF or WebP file, (height, width, 3) uint8.
-
-    Turned upright by its EXIF orientation, 16 bit reduced to 8 (the high byte), grey repeated over three channels,
-    transparency flattened on black. A colour profile is not applied. Raises Unusable: unsupported_format,
-    unsupported_colourspace, several_pages, too_large, damaged (every warning of a decoder counts).
-    """
+def digest(file: Any) -> str:
+    """SHA-256 of an open file's bytes. Raises Unusable (unreadable)."""
     try:
-        image = _open(data)
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Unusable("unreadable", error.strerror or str(error)) from None
+
+
+@contextlib.contextmanager
+def damage() -> Iterator[None]:
+    """Errors of libvips, while pixels are read, are the photograph's: Unusable (damaged)."""
+    try:
+        yield
+    except pyvips.Error as error:
+        why = error.detail.strip() or error.message
+        raise Unusable("damaged", f"cannot be decoded completely: {why}") from None
+
+
+def photograph(file: Any, max_megapixels: float = MAX_MEGAPIXELS) -> pyvips.Image:
+    """The JPEG, PNG, TIFF or WebP photograph in an open file: 8-bit sRGB, three bands, to be read once from the top.
+
+    Turned upright by its EXIF orientation, brought to sRGB by its colour profile, 16 bit reduced to 8 (the high byte,
+    where no profile says otherwise), grey repeated over three channels, transparency flattened on black. Pixels are
+    decoded as they are read, under `damage()`. Raises Unusable: unsupported_format, unsupported_colourspace,
+    bad_profile, several_pages, too_large, damaged (every warning of a decoder counts).
+    """
+    with damage():
+        image = _open(file, max_megapixels)
         if image.get_typeof("orientation") and image.get("orientation") > 1:
-            image = image.copy_memory().autorot()  # turning reads rows out of order, a stream cannot
+            image = _random_access(image).autorot()  # turning reads rows out of order, a stream cannot
+        profile = _profile(image)
+        if profile is not None:
+            image = _to_srgb(image)
+        elif image.interpretation == "cmyk":
+            raise Unusable("unsupported_colourspace", "CMYK without a colour profile; convert it to RGB")
         image = image.colourspace("srgb")
         if image.hasalpha():
             image = image.flatten()
-        pixels: npt.NDArray[np.uint8] = image.numpy()
-    except pyvips.Error as error:
-        raise Unusable("damaged", f"cannot be decoded completely: {error.detail.strip() or error.message}") from None
-    return pixels
+        return image.cast("uchar")
 
 
-def _open(data: bytes) -> pyvips.Image:
+def mask(file: Any, height: int, width: int) -> pyvips.Image:
+    """A mask of a photograph of this size: one band, 8 bit, not 0 where the lesion is. Raises Unusable (bad_mask)."""
+    with damage():
+        image = _open(file, MAX_MEGAPIXELS)
+        if (image.height, image.width) != (height, width):
+            size = f"{image.height} x {image.width}"
+            raise Unusable("bad_mask", f"a mask of {size} px for a photograph of {height} x {width} px")
+        return image.colourspace("b-w")[0].cast("uchar")
+
+
+def _open(file: Any, max_megapixels: float) -> pyvips.Image:
+    file.seek(0)
+    data = file.read(12)
     loader = next((loader for magic, loader in _LOADERS.items() if data.startswith(magic)), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        loader = "webpload_buffer"
+        loader = "webpload_source"
     if loader is None:
         raise Unusable("unsupported_format", "not a JPEG, PNG, TIFF or WebP file")
+    file.seek(0)
+    source = pyvips.Source.new_from_descriptor(file.fileno())
     # sequential: decoded as it is read, neither cached by libvips nor through a temporary file
-    image = pyvips.Operation.call(loader, data, access="sequential", fail_on="warning")
-    if image.width * image.height > MAX_PIXELS:
-        raise Unusable("too_large", f"{image.height} x {image.width} pixels, the limit is {MAX_PIXELS} in all")
-    if _FORMATS.get(image.interpretation) != image.format or image.bands > 4:
+    image = pyvips.Operation.call(loader, source, access="sequential", fail_on="warning")
+    if image.width * image.height > max_megapixels * 1e6:
+        size = f"{image.height} x {image.width} pixels"
+        raise Unusable("too_large", f"{size}; the limit is {max_megapixels:g} megapixels, --max-megapixels raises it")
+    if _FORMATS.get(image.interpretation) != image.format or image.bands > 4 + (image.interpretation == "cmyk"):
         kind = f"{image.interpretation}, {image.bands} bands of {image.format}"
         raise Unusable("unsupported_colourspace", f"{kind}; grey or RGB of 8 or 16 bits is read")
     if image.get_typeof("n-pages") and image.get("n-pages") > 1:
         raise Unusable("several_pages", f"{image.get('n-pages')} pages or frames in one file")
     return image
+
+
+def _random_access(image: pyvips.Image) -> pyvips.Image:
+    if image.width * image.height <= TURNED_IN_MEMORY:
+        return image.copy_memory()
+    with tempfile.NamedTemporaryFile(suffix=".v") as file:  # libvips holds it open; nothing is left of it
+        image.write_to_file(file.name)
+        return pyvips.Image.new_from_file(file.name)
+
+
+def _profile(image: pyvips.Image) -> bytes | None:
+    """The embedded colour profile, unless it is sRGB itself."""
+    if not image.get_typeof("icc-profile-data"):
+        return None
+    data = bytes(image.get("icc-profile-data"))
+    srgb = image.interpretation == "srgb" and (b"sRGB" in data or b"s\0R\0G\0B" in data)
+    return None if srgb else data
+
+
+def _to_srgb(image: pyvips.Image) -> pyvips.Image:
+    alpha = image[image.bands - 1] if image.hasalpha() else None
+    colours = image[: image.bands - 1] if alpha is not None else image
+    depth = 16 if image.format == "ushort" else 8
+    try:
+        result = colours.icc_transform("srgb", embedded=True, intent="relative", depth=depth)
+    except pyvips.Error as error:
+        why = error.detail.strip() or error.message
+        raise Unusable("bad_profile", f"its colour profile cannot be used: {why}") from None
+    return result if alpha is None else result.bandjoin(alpha)

@@ -1,16 +1,18 @@
 """Take one photograph into the store: written beside all others, then committed by one exclusive file."""
 
-import contextlib
-import hashlib
+from __future__ import annotations
+
 import json
-import os
-import shutil
 import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tilestream.store import decode, layout
-from tilestream.store.pyramid import Pixels, write_attempt
+from tilestream.store.fieldofview import field_of_view
+from tilestream.store.files import Files, Location
+from tilestream.store.pyramid import Format, write_attempt
 from tilestream.store.sources import Source
 
 _PROBLEMS = {
@@ -20,7 +22,15 @@ _PROBLEMS = {
 }
 
 
-def ingest_photograph(store_path: str | os.PathLike[str], source: Source) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Settings:
+    """How photographs are taken in: their format in the store, and what bounds the decoding of each."""
+
+    format: Format = field(default_factory=Format)
+    max_megapixels: float = decode.MAX_MEGAPIXELS
+
+
+def ingest_photograph(store_path: Location, source: Source, settings: Settings = Settings()) -> dict[str, Any]:
     """Ingest one photograph: committed, skipped (the same bytes are committed already) or quarantined.
 
     Returns {"id", "status": "committed" | "skipped" | "quarantined", "reason", "megapixels", "bytes"}: reason is the
@@ -28,58 +38,80 @@ def ingest_photograph(store_path: str | os.PathLike[str], source: Source) -> dic
     never raises; a store that is none, or cannot be written (a full disk), does. Idempotent, safe beside other writers
     of the same store and of the same photograph.
     """
-    store = layout.check_store(store_path)
+    files = layout.open_store(store_path)
     digest: str | None = None
     try:
         if source.problem:
             raise decode.Unusable(source.problem, _PROBLEMS.get(source.problem, source.problem))
-        commit = _check_id(store, source.id)
-        data = decode.read_regular(source.path)
-        digest = hashlib.sha256(data).hexdigest()
-        status = "skipped"
-        if not commit.exists():
-            facts = _write(store, source, decode.decode(data), digest)
-            status = "committed" if _commit(store, commit, facts) else "skipped"
-        facts = json.loads(commit.read_text())
+        name = _check_id(source.id)
+        with decode.opened(source.path) as file:
+            digest = decode.digest(file)
+            facts, status = _committed(files, name), "skipped"
+            if facts is None:
+                facts = _write(files, source, file, digest, settings)
+                if not files.entries(layout.attempt_name(source.id, facts["attempt"])):
+                    raise OSError(f"{files.location}: the attempt at {source.id!r} was removed while it was written")
+                won = files.create(name, layout.to_json(facts))
+                status = "committed" if won else "skipped"
+                if not won:
+                    files.remove(layout.attempt_name(source.id, facts["attempt"]))
+                    facts = json.loads(files.read(name))
         if facts["source_sha256"] != digest:
             raise decode.Unusable("conflicting_source", "other bytes are committed under this id already")
     except decode.Unusable as problem:
-        record = {"id": source.id, "path": source.name, "sha256": digest, "reason": problem.reason}
-        layout.replace_json(layout.quarantine_path(store, source.id), {**record, "message": str(problem)})
-        return _result(source.id, "quarantined", problem.reason, 0, 0)
-    layout.quarantine_path(store, source.id).unlink(missing_ok=True)
+        return quarantine(files, source, problem.reason, str(problem), digest)
+    files.remove(layout.quarantine_name(source.id))
     return _result(source.id, status, None, facts["height"] * facts["width"], facts["bytes"])
+
+
+def quarantine(files: Files, source: Source, reason: str, message: str, digest: str | None = None) -> dict[str, Any]:
+    """Record that a photograph cannot be used; what `ingest_photograph` returns of it."""
+    record = {"id": source.id, "path": source.name, "sha256": digest, "reason": reason, "message": message}
+    files.write(layout.quarantine_name(source.id), layout.to_json(record))
+    return _result(source.id, "quarantined", reason, 0, 0)
 
 
 def _result(id: str, status: str, reason: str | None, pixels: int, size_bytes: int) -> dict[str, Any]:
     return {"id": id, "status": status, "reason": reason, "megapixels": pixels / 1e6, "bytes": size_bytes}
 
 
-def _check_id(store: Path, id: str) -> Path:
-    """Where the photograph's commit goes. An id that fits no table (UTF-8) or no file name is a bad name."""
+def _check_id(id: str) -> str:
+    """The name of the photograph's commit. An id that fits no table (UTF-8) or no file name is a bad name."""
     try:
         id.encode()
-        return layout.commit_path(store, id)
+        return layout.commit_name(id)
     except ValueError as error:  # UnicodeEncodeError is one
         raise decode.Unusable("bad_name", str(error)) from None
 
 
-def _write(store: Path, source: Source, pixels: Pixels, digest: str) -> dict[str, Any]:
+def _committed(files: Files, name: str) -> dict[str, Any] | None:
+    try:
+        facts: dict[str, Any] = json.loads(files.read(name))
+    except FileNotFoundError:
+        return None
+    return facts
+
+
+def _write(files: Files, source: Source, file: Any, digest: str, settings: Settings) -> dict[str, Any]:
     """Write an attempt, durably; the facts to commit it with. What was written is removed if this fails."""
     attempt = uuid.uuid4().hex
-    parent = store / "images" / layout.encode_id(source.id)
-    folder = parent / attempt
+    folder = layout.attempt_name(source.id, attempt)
     try:
-        levels = write_attempt(folder, pixels, source.id)
-        files, size_bytes = layout.sync_tree(folder)
-        layout.sync(parent)
-        layout.sync(parent.parent)
+        with ExitStack() as stack, decode.damage():
+            image = decode.photograph(file, settings.max_megapixels)
+            height, width = image.height, image.width
+            masks = {
+                name: decode.mask(stack.enter_context(decode.opened(path)), height, width)
+                for name, path in sorted((getattr(source, "masks", None) or {}).items())
+            }
+            made = write_attempt(files, folder, image, source.id, settings.format, masks)
+        if decode.digest(file) != digest:
+            raise decode.Unusable("changed", "the file changed while it was read; ingest it again")
+        files.settle(folder)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove(folder)
         raise
-    height, width = pixels.shape[:2]
-    planes = pixels.transpose(2, 0, 1)
-    return {
+    facts = {
         "format": layout.FORMAT,
         "id": source.id,
         "attempt": attempt,
@@ -87,18 +119,24 @@ def _write(store: Path, source: Source, pixels: Pixels, digest: str) -> dict[str
         "source_sha256": digest,
         "height": height,
         "width": width,
-        "low": [int(plane.min()) for plane in planes],
-        "high": [int(plane.max()) for plane in planes],
-        "levels": levels,
-        "bytes": size_bytes,
-        "files": files,
+        "low": made.low,
+        "high": made.high,
+        "levels": made.levels,
+        "field_of_view": field_of_view(made.top, width / made.levels[-1][1]),
+        "codec": settings.format.codec,
+        "masks": sorted(masks),
+        "bytes": made.bytes,
+        "files": dict(sorted(made.files.items())),
     }
+    facts = json.loads(json.dumps(facts))
+    return {**facts, "seal": layout.seal(facts)}
 
 
-def _commit(store: Path, commit: Path, facts: dict[str, Any]) -> bool:
-    """Commit the attempt unless another one is committed; then this one goes."""
-    won = layout.create_json(commit, facts)
-    if not won:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(store / "images" / layout.encode_id(facts["id"]) / facts["attempt"])
-    return won
+def write_series(store_path: Location) -> None:
+    """Lists all committed photographs as OME-Zarr's bioformats2raw collection has it."""
+    files, names = layout.open_store(store_path), []
+    for entry in sorted(files.entries("commits"), key=lambda entry: entry.name):
+        facts = json.loads(files.read(f"commits/{entry.name}"))
+        names.append(layout.attempt_name(facts["id"], facts["attempt"]))
+    ome = {"ome": {"version": "0.5", "series": names}}
+    files.write("OME/zarr.json", layout.to_json({"zarr_format": 3, "node_type": "group", "attributes": ome}))

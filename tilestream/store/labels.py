@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import io
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tilestream.store.layout import check_store, sync, temporary
+from tilestream.store.files import Location
+from tilestream.store.layout import open_store
 from tilestream.store.sources import stored_id
 
 
@@ -56,29 +58,27 @@ def read_labels(
     return table
 
 
-def write_labels(store_path: str | os.PathLike[str], labels: pd.DataFrame) -> None:
+def write_labels(store_path: Location, labels: pd.DataFrame) -> None:
     """Replace the store's labels by `labels` (columns id, label, patient), whole: labels get corrected.
 
     Ids lose their file ending, and so do patients that are named like their photograph. Raises ValueError when an id
     then occurs twice, or a column is missing.
     """
-    root = check_store(store_path)
+    files = open_store(store_path)
     for column in ("id", "label", "patient"):
         _find_column(list(labels.columns), column, "labels")
     ids = labels["id"].map(stored_id).astype(str)
     _refuse_duplicates(ids)
     patients = labels["patient"].where(labels["patient"] != labels["id"], ids).astype(str)
     table = pd.DataFrame({"id": ids, "label": labels["label"].astype("Int64"), "patient": patients})
-    write_table(root / "labels.parquet", pa.Table.from_pandas(table, preserve_index=False))
+    files.write("labels.parquet", table_bytes(pa.Table.from_pandas(table, preserve_index=False)))
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write `table` at `path` whole: temporary name, fsync, rename."""
-    with temporary(path) as written:
-        pq.write_table(table, written)
-        sync(written)
-        os.replace(written, path)
-    sync(path.parent)
+def table_bytes(table: pa.Table) -> bytes:
+    """The table as a Parquet file."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
 
 
 def _read_rows(path: Path) -> list[tuple[int, list[str]]]:

@@ -1,14 +1,14 @@
-"""Where things lie in a store, and how files are written so that a kill leaves the old one or the new one."""
+"""Where things lie in a store."""
 
 import contextlib
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
+
+from tilestream.store.files import Files, Location, files_at, is_temporary, is_url
 
 FORMAT = 1
 MAX_NAME_BYTES = 200  # of a percent-encoded id: file systems stop at 255, and ".json" and temporary names need room
@@ -31,109 +31,81 @@ def decode_id(name: str) -> str:
     return unquote(name, errors="surrogatepass")
 
 
-def commit_path(store: Path, id: str) -> Path:
+def commit_name(id: str) -> str:
     """commits/<id>.json: its existence is what makes a photograph part of the data set."""
-    return store / "commits" / f"{encode_id(id)}.json"
+    return f"commits/{encode_id(id)}.json"
 
 
-def quarantine_path(store: Path, id: str) -> Path:
+def quarantine_name(id: str) -> str:
     """quarantine/<id>.json; an id too long for a file name is kept under its hash, for no input is lost silently."""
     try:
         name = encode_id(id)
     except ValueError:
         name = hashlib.sha256(id.encode(errors="surrogatepass")).hexdigest()
-    return store / "quarantine" / f"{name}.json"
+    return f"quarantine/{name}.json"
 
 
-def create_store(path: str | os.PathLike[str]) -> Path:
-    """Make an empty store at `path` (a Zarr v3 group) and return its path; a store that is there already is kept.
+def attempt_name(id: str, attempt: str) -> str:
+    """images/<id>/<attempt>: a photograph's arrays."""
+    return f"images/{encode_id(id)}/{attempt}"
 
-    Raises ValueError when `path` is something else: a file, or a folder with other things in it.
+
+def create_store(location: Location) -> Path | str:
+    """Make an empty store (a Zarr v3 group) at a path or URL and return that; a store that is there already is kept.
+
+    Raises ValueError when something else is there: a file, or a folder with other things in it.
     """
-    root = Path(path)
-    if (root / "zarr.json").exists():
-        return check_store(root)
+    place = os.fspath(location) if is_url(location) else Path(location)
+    files = files_at(place)
+    if isinstance(place, Path):
+        if not (place / "zarr.json").exists():
+            _make_folders(place)
+    elif not _is_group(files) and (files.folders("") or files.entries("")):
+        raise ValueError(f"path={place!r} is not a store and not empty; give a new URL")
+    if not _is_group(files):
+        attributes = {"tilestream": {"store": FORMAT}, "ome": {"version": "0.5", "bioformats2raw.layout": 3}}
+        files.write("zarr.json", to_json({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
+    open_store(place)
+    return place
+
+
+def _make_folders(root: Path) -> None:
     with contextlib.suppress(FileExistsError):
         root.mkdir(parents=True)
-    ours = {"images", "commits", "quarantine"}  # a half-made store is completed
+    ours = {"images", "commits", "quarantine", "leases", "OME"}  # a half-made store is completed
     if not root.is_dir() or any(entry.name not in ours and not is_temporary(entry.name) for entry in root.iterdir()):
         raise ValueError(f"path={str(root)!r} is not a store and not an empty folder; give a new path")
     for folder in ours:
         (root / folder).mkdir(exist_ok=True)
-    attributes = {"tilestream": {"store": FORMAT}}
-    replace_json(root / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
-    return root
 
 
-def check_store(path: str | os.PathLike[str]) -> Path:
-    """`path` as a Path; FileNotFoundError or ValueError when no store of this format lies there."""
-    root = Path(path)
-    if not root.exists():
-        raise FileNotFoundError(f"path={str(root)!r} does not exist; make a store with `tilestream ingest`")
+def _is_group(files: Files) -> bool:
     try:
-        found = json.loads((root / "zarr.json").read_text())["attributes"]["tilestream"]["store"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ValueError(f"path={str(root)!r} is not a tilestream store (no zarr.json that says so)") from None
-    if found != FORMAT:
-        raise ValueError(f"path={str(root)!r} has store format {found!r}; this version reads format {FORMAT}")
-    return root
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file of this name is a write that never finished."""
-    return name.startswith(".") and name.endswith(".tmp")
-
-
-@contextlib.contextmanager
-def temporary(final: Path) -> Iterator[Path]:
-    """A fresh name beside `final`, removed at the end if it is still there."""
-    path = final.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` at `path` whole: temporary name, fsync, rename."""
-    with temporary(path) as written:
-        written.write_text(json.dumps(value, indent=1) + "\n")
-        sync(written)
-        os.replace(written, path)
-    sync(path.parent)
-
-
-def create_json(path: Path, value: dict[str, Any]) -> bool:
-    """Write `value` at `path` whole unless something is there; whether this call was the one that wrote it."""
-    with temporary(path) as written:
-        written.write_text(json.dumps(value, indent=1) + "\n")
-        sync(written)
-        try:
-            os.link(written, path)  # unlike a rename, a link never replaces
-        except FileExistsError:
-            return False
-    sync(path.parent)
+        files.read("zarr.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     return True
 
 
-def sync_tree(folder: Path) -> tuple[dict[str, str], int]:
-    """Put every file and folder under `folder` on disk; SHA-256 by relative path, and the bytes of all files."""
-    hashes, size_bytes = {}, 0
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            path = Path(parent, name)
-            with path.open("rb") as file:
-                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-                size_bytes += os.fstat(file.fileno()).st_size
-                os.fsync(file.fileno())
-        sync(Path(parent))
-    return dict(sorted(hashes.items())), size_bytes
+def open_store(location: Location) -> Files:
+    """The files of a store; FileNotFoundError or ValueError when no store of this format lies there."""
+    files = files_at(location)
+    if not is_url(location) and not Path(location).exists():
+        raise FileNotFoundError(f"path={files.location!r} does not exist; make a store with `tilestream ingest`")
+    try:
+        found = json.loads(files.read("zarr.json"))["attributes"]["tilestream"]["store"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"path={files.location!r} is not a tilestream store (no zarr.json that says so)") from None
+    if found != FORMAT:
+        raise ValueError(f"path={files.location!r} has store format {found!r}; this version reads format {FORMAT}")
+    return files
+
+
+def seal(facts: dict[str, Any]) -> str:
+    """SHA-256 of a commit's facts, which the commit carries as `seal`."""
+    rest = {name: value for name, value in facts.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

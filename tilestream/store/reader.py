@@ -2,9 +2,8 @@
 
 import difflib
 import hashlib
+import io
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import pyarrow.parquet as pq
 import zarr
 
 from tilestream.store import layout
-from tilestream.store.labels import write_table
+from tilestream.store.files import Files, Location, is_url
+from tilestream.store.labels import table_bytes
 
 _STAMP = b"tilestream_commits"
 _COLUMNS = {
@@ -37,13 +37,19 @@ class Store:
     Raises FileNotFoundError or ValueError when `path` is no store.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = layout.check_store(path)
+    def __init__(self, path: Location) -> None:
+        self.files: Files = layout.open_store(path)
+
+    @property
+    def path(self) -> Path | str:
+        """Its folder, or its URL."""
+        where = self.files.location
+        return where if is_url(where) else Path(where)
 
     @property
     def ids(self) -> list[str]:
         """The ids of all committed photographs, sorted."""
-        return sorted(layout.decode_id(entry.name.removesuffix(".json")) for entry in _records(self.path / "commits"))
+        return sorted(layout.decode_id(name.removesuffix(".json")) for name in self._records("commits"))
 
     def samples(self) -> pd.DataFrame:
         """One row a committed photograph, by id: id, label (Int64, NA if unknown), patient (the id if unknown),
@@ -51,41 +57,53 @@ class Store:
 
         Kept in samples.parquet, which is rebuilt when commits or labels have changed since.
         """
-        stamp, cached = self._stamp(), self.path / "samples.parquet"
-        if cached.exists():
-            table = pq.read_table(cached)
+        stamp = self._stamp()
+        try:
+            table = pq.read_table(io.BytesIO(self.files.read("samples.parquet")))
             if (table.schema.metadata or {}).get(_STAMP) == stamp:
                 return _typed(table.to_pandas())
+        except FileNotFoundError:
+            pass
         samples = self._join()
-        if os.access(self.path, os.W_OK):  # a store on a read-only medium is joined anew each time
+        if self.files.writable():  # a store on a read-only medium is joined anew each time
             table = pa.Table.from_pandas(samples, preserve_index=False)
-            write_table(cached, table.replace_schema_metadata({**table.schema.metadata, _STAMP: stamp}))
+            table = table.replace_schema_metadata({**table.schema.metadata, _STAMP: stamp})
+            self.files.write("samples.parquet", table_bytes(table))
         return samples
 
     def commit(self, id: str) -> dict[str, Any]:
         """The facts that photograph `id` was committed with. Raises ValueError for an unknown id."""
         try:
-            facts: dict[str, Any] = json.loads(layout.commit_path(self.path, id).read_text())
+            facts: dict[str, Any] = json.loads(self.files.read(layout.commit_name(id)))
         except FileNotFoundError:
             near = difflib.get_close_matches(id, self.ids, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"id={id!r} is not in the store {str(self.path)!r}{hint}") from None
+            raise ValueError(f"id={id!r} is not in the store {self.files.location!r}{hint}") from None
         return facts
 
-    def group(self, id: str, level: int = 0) -> Path:
-        """The Zarr group that holds level `level` of photograph `id` as its array `image`."""
+    def group(self, id: str, level: int = 0) -> Any:
+        """The Zarr group that holds level `level` of photograph `id` as its array `image`, as zarr-python takes it."""
         facts = self.commit(id)
         if not 0 <= level < len(facts["levels"]):
             raise ValueError(f"level={level} of id={id!r} must be in [0, {len(facts['levels'])})")
-        return self._attempt(facts) / f"s{level}"
+        return self._zarr(facts, f"s{level}")
 
     def image(self, id: str, level: int = 0) -> zarr.Array[Any]:
         """Level `level` of photograph `id`, (3, height, width) uint8, read as it is sliced."""
-        return zarr.open_array(self.group(id, level) / "image", mode="r")
+        self.group(id, level)
+        return self._array(self.commit(id), f"s{level}/image")
 
     def square(self, id: str) -> zarr.Array[Any]:
         """The whole frame of photograph `id` squashed to (3, 1024, 1024) uint8."""
-        return zarr.open_array(self._attempt(self.commit(id)) / "train1024" / "image", mode="r")
+        return self._array(self.commit(id), "train1024/image")
+
+    def mask(self, id: str, lesion: str, level: int = 0) -> zarr.Array[Any]:
+        """The mask of a lesion in photograph `id`, (1, height, width) uint8, 1 where it is. Raises ValueError."""
+        facts = self.commit(id)
+        if lesion not in facts.get("masks", ()):
+            known = ", ".join(facts.get("masks", ())) or "none"
+            raise ValueError(f"mask={lesion!r} of id={id!r} is not in the store; it has {known}")
+        return self._array(facts, f"labels/{lesion}/s{level}/image")
 
     def levels(self, id: str) -> list[tuple[int, int, int]]:
         """The shape (3, height, width) of every level, the photograph itself first."""
@@ -94,7 +112,7 @@ class Store:
     def quarantined(self) -> pd.DataFrame:
         """What could not be ingested: id, path (in its folder), sha256 (None if unread), reason (a code), message."""
         columns = ["id", "path", "sha256", "reason", "message"]
-        records = [json.loads(Path(entry).read_text()) for entry in _records(self.path / "quarantine")]
+        records = [json.loads(self.files.read(f"quarantine/{name}")) for name in self._records("quarantine")]
         return pd.DataFrame(records, columns=columns, dtype=object).sort_values("id", ignore_index=True)
 
     def info(self) -> dict[str, Any]:
@@ -113,34 +131,49 @@ class Store:
             "reasons": {str(reason): int(count) for reason, count in refused["reason"].value_counts().items()},
         }
 
-    def _attempt(self, facts: dict[str, Any]) -> Path:
-        return self.path / "images" / layout.encode_id(facts["id"]) / str(facts["attempt"])
+    def _zarr(self, facts: dict[str, Any], name: str) -> Any:
+        return self.files.zarr(f"{layout.attempt_name(facts['id'], facts['attempt'])}/{name}")
+
+    def _array(self, facts: dict[str, Any], name: str) -> zarr.Array[Any]:
+        if facts.get("codec") == "jpegxl":
+            from tilestream.store import jpegxl  # noqa: F401  (its absence is told in one line)
+        return zarr.open_array(self._zarr(facts, name), mode="r")
+
+    def _records(self, folder: str) -> list[str]:
+        """The records of commits/ or quarantine/."""
+        return [entry.name for entry in self.files.entries(folder) if entry.name.endswith(".json")]
 
     def _stamp(self) -> bytes:
-        """Hash of the list of commits (name, size, time) and of the labels' bytes."""
+        """Hash of the list of commits (name, size, version) and of the labels' bytes."""
         digest = hashlib.sha256()
-        for entry in sorted(_records(self.path / "commits"), key=lambda entry: entry.name):
-            facts = entry.stat()
-            digest.update(f"{entry.name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
-        labels = self.path / "labels.parquet"
-        digest.update(labels.read_bytes() if labels.exists() else b"")
+        for entry in sorted(self.files.entries("commits"), key=lambda entry: entry.name):
+            digest.update(f"{entry.name}\0{entry.bytes}\0{entry.stamp}\n".encode())
+        digest.update(self._labels() or b"")
         return digest.hexdigest().encode()
 
+    def labels(self) -> pd.DataFrame:
+        """What `write_labels` wrote: id, label, patient; empty where nobody did."""
+        stored = self._labels()
+        return pd.DataFrame({"id": [], "label": [], "patient": []}) if stored is None else _table(stored)
+
+    def _labels(self) -> bytes | None:
+        try:
+            return self.files.read("labels.parquet")
+        except FileNotFoundError:
+            return None
+
     def _join(self) -> pd.DataFrame:
-        rows = [_row(json.loads(Path(entry).read_text())) for entry in _records(self.path / "commits")]
+        rows = [_row(json.loads(self.files.read(f"commits/{name}"))) for name in self._records("commits")]
         samples = pd.DataFrame(rows, columns=[name for name in _COLUMNS if name not in ("label", "patient")])
-        labels = pd.DataFrame({"id": [], "label": [], "patient": []})
-        if (self.path / "labels.parquet").exists():
-            labels = pq.read_table(self.path / "labels.parquet").to_pandas()
+        labels = self.labels()
         joined = samples.astype({"id": str}).merge(labels.astype({"id": str}), on="id", how="left", validate="1:1")
         joined["patient"] = joined["patient"].where(joined["patient"].notna(), joined["id"])
         return _typed(joined.sort_values("id", ignore_index=True))
 
 
-def _records(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The records of commits/ or quarantine/; temporary names are none."""
-    with os.scandir(folder) as entries:
-        yield from (entry for entry in entries if entry.name.endswith(".json"))
+def _table(stored: bytes) -> pd.DataFrame:
+    table: pd.DataFrame = pq.read_table(io.BytesIO(stored)).to_pandas()
+    return table
 
 
 def _row(facts: dict[str, Any]) -> dict[str, Any]:

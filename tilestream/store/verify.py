@@ -1,0 +1,124 @@
+"""Is all that was committed still there, bit for bit? And what lies there that nobody committed?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import zarr
+
+from tilestream.store import layout
+from tilestream.store.files import Files, Location
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file of the store that is not what was committed: `what` is "missing", "damaged", or "commit"."""
+
+    id: str
+    file: str
+    what: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.file} is {self.what}" + (f" ({self.detail})" if self.detail else "")
+
+
+def verify_photograph(store: Location, id: str) -> list[Damage]:
+    """Compares every file of a photograph with the hash that it was committed with; names the chunks that are hit."""
+    files, name = layout.open_store(store), layout.commit_name(id)
+    try:
+        facts = json.loads(files.read(name))
+        whole = layout.seal(facts) == facts.get("seal")
+    except (ValueError, FileNotFoundError):
+        whole = False
+    if not whole:
+        return [Damage(id, name, "damaged", "ingest the photograph into a new store")]
+    folder, found = layout.attempt_name(id, facts["attempt"]), []
+    for part, want in facts["files"].items():
+        try:
+            data = files.read(f"{folder}/{part}")
+        except FileNotFoundError:
+            found.append(Damage(id, f"{folder}/{part}", "missing", "" if "/c/" in part else "metadata"))
+            continue
+        if hashlib.sha256(data).hexdigest() != want:
+            detail = _bad_chunks(files, folder, part) if "/c/" in part else "metadata"
+            found.append(Damage(id, f"{folder}/{part}", "damaged", detail))
+    return found
+
+
+def _bad_chunks(files: Files, folder: str, part: str) -> str:
+    """Which chunks of a shard cannot be read, (row, column) each."""
+    array, _, shard = part.partition("/c/")
+    try:
+        opened = zarr.open_array(files.zarr(f"{folder}/{array}"), mode="r")
+        shards, chunks = opened.shards or opened.chunks, opened.chunks
+        at = [int(i) * n for i, n in zip(shard.split("/"), shards, strict=True)]
+        bad, count = [], 0
+        for y in range(at[1], min(at[1] + shards[1], opened.shape[1]), chunks[1]):
+            for x in range(at[2], min(at[2] + shards[2], opened.shape[2]), chunks[2]):
+                count += 1
+                try:
+                    np.asarray(opened[:, y : y + chunks[1], x : x + chunks[2]])
+                except Exception:  # codecs raise errors of many kinds
+                    bad.append(f"({y // chunks[1]}, {x // chunks[2]})")
+    except Exception:  # as do damaged metadata
+        return "its array's metadata are damaged, too"
+    return f"chunks {', '.join(bad[:8])}{' ...' * (len(bad) > 8)} of {count}" if bad else "between the chunks"
+
+
+def verify_tables(store: Location) -> list[Damage]:
+    """Whether the store's tables and the records of its quarantine can be read."""
+    from tilestream.store.reader import Store
+
+    found = []
+    opened = Store(store)
+    for name, read in (("labels.parquet", opened.labels), ("quarantine", opened.quarantined)):
+        try:
+            read()
+        except Exception as error:  # pyarrow and json raise errors of many kinds
+            found.append(Damage("(all)", name, "damaged", " ".join(str(error).split())[:200]))
+    return found
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What `collect` found: `removed` names, and how many attempts were too young."""
+
+    removed: list[str]
+    bytes: int
+    young: int
+
+
+def collect(store: Location, older_s: float = 900) -> Garbage:
+    """Removes attempts that were never committed and files that were never finished.
+
+    An attempt whose newest file is younger than `older_s` seconds may still be written, by a worker that has lost its
+    driver, and stays. Call it under a `lease`.
+    """
+    files = layout.open_store(store)
+    removed, size, young = [], 0, 0
+    for folder in files.folders("images"):
+        try:
+            kept = json.loads(files.read(f"commits/{folder}.json"))["attempt"]
+        except (FileNotFoundError, ValueError, LookupError):  # a damaged commit is verify's to tell: its attempt stays
+            kept = "" if f"{folder}.json" not in {e.name for e in files.entries("commits")} else None
+        for attempt in files.folders(f"images/{folder}"):
+            if kept is None or attempt == kept:
+                continue
+            tree = files.tree(f"images/{folder}/{attempt}")
+            if any(time.time() - entry.modified < older_s for entry in tree):
+                young += 1
+                continue
+            files.remove(f"images/{folder}/{attempt}")
+            removed.append(f"images/{folder}/{attempt}")
+            size += sum(entry.bytes for entry in tree)
+        if not files.folders(f"images/{folder}"):
+            files.remove(f"images/{folder}")
+    for name in files.leftovers():
+        files.remove(name)
+        removed.append(name)
+    return Garbage(removed, size, young)
