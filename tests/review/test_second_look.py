@@ -146,9 +146,7 @@ def test_other_photographs_under_stored_names_do_not_pass_for_them(tmp_path, mon
     make_store(tmp_path / "b.zarr", {"1_left": 90, "2_left": 20})
     context = Context(tmp_path, store.path, name="ingest")
     config = parse(ingest.IngestConfig, {"folder": tmp_path / "b.files"})
-    with pytest.raises(
-        ValueError, match=r"1 photographs are not those stored in .*; ingest them into a new store"
-    ):
+    with pytest.raises(ValueError, match=r"1 photographs are not those stored in .*; ingest them into a new store"):
         ingest.run(config, context)
     assert store.ids == ["1_left", "2_left"]  # the rest of the work is kept
 

@@ -74,6 +74,71 @@ def test_exif_orientation(noise: Callable[..., np.ndarray], orientation: int) ->
     assert decoded(jpeg).shape == upright.shape
 
 
+def photo() -> pyvips.Image:
+    """A smooth picture, 300 x 400, as lossy formats like it."""
+    y, x = np.mgrid[0:300, 0:400]
+    waves = [128 + 100 * np.sin(x / 40 + c) * np.cos(y / 30) for c in range(3)]
+    return pyvips.Image.new_from_array(np.stack(waves, axis=-1).astype(np.uint8)).copy(interpretation="srgb")
+
+
+LOSSY = {
+    "baseline": lambda image: image.jpegsave_buffer(Q=95, subsample_mode="off"),
+    "4:2:0": lambda image: image.jpegsave_buffer(Q=95, subsample_mode="on"),
+    "progressive": lambda image: image.jpegsave_buffer(Q=95, interlace=True),
+    "webp": lambda image: image.webpsave_buffer(Q=95),
+}
+LOSSLESS = {
+    "png": lambda image: image.pngsave_buffer(),
+    "interlaced png": lambda image: image.pngsave_buffer(interlace=True),
+    "strips": lambda image: image.tiffsave_buffer(),
+    "tiles": lambda image: image.tiffsave_buffer(tile=True, tile_width=64, tile_height=64),
+    "lzw": lambda image: image.tiffsave_buffer(compression="lzw"),
+    "big endian deflate": lambda image: image.tiffsave_buffer(compression="deflate", predictor="horizontal"),
+    "bigtiff": lambda image: image.tiffsave_buffer(bigtiff=True),
+    "webp": lambda image: image.webpsave_buffer(lossless=True),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_lossy_formats(name: str) -> None:
+    got = decoded(LOSSY[name](photo()))
+    assert np.abs(got.astype(int) - photo().numpy()).mean() < 3
+    if name != "webp":
+        grey = decoded(LOSSY[name](photo()[1]))
+        assert np.abs(grey[..., 0].astype(int) - photo().numpy()[..., 1]).mean() < 3
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_all_kinds_of_lossless_files(name: str) -> None:
+    np.testing.assert_array_equal(decoded(LOSSLESS[name](photo())), photo().numpy())
+
+
+@pytest.mark.parametrize("save", ["pngsave_buffer", "tiffsave_buffer", "jpegsave_buffer"])
+def test_a_colour_profile_is_applied(save: str) -> None:
+    wide = photo().icc_transform("p3", input_profile="srgb")
+    assert np.abs(wide.numpy().astype(int) - photo().numpy()).max() > 8
+    got = decoded(getattr(wide, save)())
+    assert np.abs(got.astype(int) - photo().numpy()).mean() < 2
+    np.testing.assert_array_equal(  # sRGB itself changes nothing
+        decoded(photo().icc_transform("srgb", input_profile="srgb").pngsave_buffer()),
+        photo().icc_transform("srgb", input_profile="srgb").numpy(),
+    )
+
+
+def test_cmyk_with_a_profile() -> None:
+    inks = photo().icc_transform("cmyk", input_profile="srgb")
+    got = decoded(inks.jpegsave_buffer(Q=98))
+    want = inks.icc_transform("srgb", embedded=True).numpy()
+    assert np.abs(got.astype(int) - want).mean() < 2
+
+
+def test_a_profile_that_is_none() -> None:
+    data = photo().icc_transform("p3", input_profile="srgb").tiffsave_buffer().replace(b"acsp", b"acs?")
+    with pytest.raises(decode.Unusable) as caught:
+        decoded(data)
+    assert caught.value.reason == "bad_profile"
+
+
 def cmyk_jpeg() -> bytes:
     pixels = np.zeros((20, 20, 4), dtype=np.uint8)
     return pyvips.Image.new_from_array(pixels).copy(interpretation="cmyk").jpegsave_buffer()

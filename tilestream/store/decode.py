@@ -143,6 +143,8 @@ def _profile(image: pyvips.Image) -> bytes | None:
     if not image.get_typeof("icc-profile-data"):
         return None
     data = bytes(image.get("icc-profile-data"))
+    if data[36:40] != b"acsp":  # libvips would take it for sRGB
+        raise Unusable("bad_profile", "its colour profile is damaged")
     srgb = image.interpretation == "srgb" and (b"sRGB" in data or b"s\0R\0G\0B" in data)
     return None if srgb else data
 

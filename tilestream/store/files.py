@@ -244,10 +244,9 @@ class Bucket:
         return []
 
     def zarr(self, name: str) -> Any:
-        from obstore.store import from_url
-        from zarr.storage import ObjectStore
+        from zarr.storage import ObjectStore, StorePath
 
-        return ObjectStore(from_url(f"{self.url}/{name}"))
+        return StorePath(ObjectStore(self.store, read_only=True), name)
 
     def writable(self) -> bool:
         return True

@@ -1,0 +1,188 @@
+"""The same store in a folder and in a bucket of a local S3 server."""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tilestream.store import (
+    Source,
+    Store,
+    collect,
+    create_store,
+    ingest_photograph,
+    lease,
+    open_dataset,
+    open_store,
+    verify_photograph,
+    write_series,
+)
+from tilestream.store.files import Bucket, files_at
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An empty bucket; credentials in the environment, as users have them."""
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    settings = {
+        "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            for _ in range(300):
+                try:
+                    urllib.request.urlopen(url, timeout=1).close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
+            client.create_bucket(Bucket="photos")
+            client.close()
+            yield "s3://photos"
+            server.kill()
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a new store may go."""
+    if request.param == "folder":
+        return str(tmp_path / "store.zarr")
+    return f"{request.getfixturevalue('bucket')}/{tmp_path.name}.zarr"
+
+
+@pytest.fixture
+def photograph(tmp_path: Path, noise: Callable[..., np.ndarray]) -> Source:
+    Image.fromarray(noise(600, 1300)).save(tmp_path / "a.png")
+    return Source("a b", str(tmp_path / "a.png"), name="a.png")
+
+
+def test_names_are_made_once(place: str) -> None:
+    files = files_at(place)
+    create_store(place)
+    assert files.create("commits/x.json", b"1")
+    assert not files.create("commits/x.json", b"2")
+    assert files.read("commits/x.json") == b"1"
+    files.write("commits/x.json", b"33")
+    assert [(entry.name, entry.bytes) for entry in files.entries("commits")] == [("x.json", 2)]
+    assert pickle.loads(pickle.dumps(files)).read("commits/x.json") == b"33"
+    files.remove("commits/x.json")
+    files.remove("commits/x.json")
+    assert files.entries("commits") == []
+    with pytest.raises(FileNotFoundError):
+        files.read("commits/x.json")
+
+
+def test_there_and_back(place: str, photograph: Source, noise: Callable[..., np.ndarray]) -> None:
+    create_store(place)
+    assert ingest_photograph(place, photograph)["status"] == "committed"
+    assert ingest_photograph(place, photograph)["status"] == "skipped"
+    store = Store(place)
+    np.testing.assert_array_equal(store.image("a b")[...], noise(600, 1300).transpose(2, 0, 1))
+    assert store.samples()["id"].tolist() == ["a b"]
+    assert store.samples()["id"].tolist() == ["a b"]  # from its file
+    dataset = open_dataset(place)
+    np.testing.assert_array_equal(dataset.photographs["a b"], noise(600, 1300).transpose(2, 0, 1))
+    assert dataset["square"].shape == (1, 3, 1024, 1024)
+    assert verify_photograph(place, "a b") == []
+    write_series(place)
+    series = json.loads(files_at(place).read("OME/zarr.json"))["attributes"]["ome"]["series"]
+    assert series == [f"images/a%20b/{store.commit('a b')['attempt']}"]
+
+
+def test_damage_is_named(place: str, photograph: Source) -> None:
+    create_store(place)
+    ingest_photograph(place, photograph)
+    files, attempt = files_at(place), f"images/a%20b/{Store(place).commit('a b')['attempt']}"
+    shard = f"{attempt}/s0/image/c/0/0/0"
+    data = bytearray(files.read(shard))
+    data[-20_000] ^= 4  # in the last chunk of six
+    files.write(shard, bytes(data))
+    files.remove(f"{attempt}/s1/image/c/0/0/0")
+    files.remove(f"{attempt}/train1024/zarr.json")
+    found = {damage.file.removeprefix(f"{attempt}/"): damage for damage in verify_photograph(place, "a b")}
+    assert {name: damage.what for name, damage in found.items()} == {
+        "s0/image/c/0/0/0": "damaged", "s1/image/c/0/0/0": "missing", "train1024/zarr.json": "missing"
+    }  # fmt: skip
+    assert found["s0/image/c/0/0/0"].detail == "chunks (1, 2) of 6"
+    commit = json.loads(files.read("commits/a%20b.json"))
+    files.write("commits/a%20b.json", json.dumps({**commit, "height": 601}).encode())
+    assert [damage.what for damage in verify_photograph(place, "a b")] == ["damaged"]
+
+
+def test_one_at_a_time(place: str) -> None:
+    create_store(place)
+    files = open_store(place)
+    busy = rf"'ingest' \(process {os.getpid()} on .*\) is at work on this store; 'gc' has to wait"
+    with lease(files, "ingest"), pytest.raises(ValueError, match=busy), lease(files, "gc"):
+        pass
+    with lease(files, "gc"):
+        assert len(files.entries("leases")) == 1
+    assert files.entries("leases") == []
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_who_died_holds_nothing(place: str, host: str) -> None:
+    """A process of this machine that is gone, or a machine that has not been heard of for a minute."""
+    create_store(place)
+    files = open_store(place)
+    name = socket.gethostname() if host == "here" else "elsewhere"
+    beat = time.time() - (0 if host == "here" else 70)
+    record = {"work": "ingest", "host": name, "pid": 1, "born": 1.0, "beat": beat}
+    files.write("leases/000004.json", json.dumps(record).encode())
+    with lease(files, "gc"):
+        assert "000005.json" in {entry.name for entry in files.entries("leases")}
+    assert files.entries("leases") == []
+    if host == "elsewhere":
+        files.write("leases/000004.json", json.dumps({**record, "beat": time.time() - 30}).encode())
+        with pytest.raises(ValueError, match="process 1 on elsewhere"), lease(files, "gc"):
+            pass
+
+
+def test_orphans_are_collected(place: str, photograph: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_store(place)
+    ingest_photograph(place, photograph)
+    committed = Store(place).commit("a b")["attempt"]
+    files = files_at(place)
+    for name in ("images/a%20b/dead", "images/other/dead"):
+        writer = files.writer(f"{name}/s0/zarr.json")
+        writer.write(b"{}")
+        writer.close()
+    young = collect(place, older_s=900)
+    assert (young.removed, young.young) == ([], 2)
+    gone = collect(place, older_s=-60)
+    assert (sorted(gone.removed), gone.bytes, gone.young) == (["images/a%20b/dead", "images/other/dead"], 4, 0)
+    assert files.folders("images/a%20b") == [committed]
+    assert files.folders("images") == ["a%20b"]
+    assert verify_photograph(place, "a b") == []
+
+
+def test_a_folder_that_is_not_a_store(place: str) -> None:
+    files = files_at(place)
+    if isinstance(files, Bucket):
+        files.write("thesis.txt", b"thesis")
+    else:
+        Path(place).mkdir()
+        (Path(place) / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="is not a store and not"):
+        create_store(place)
+    with pytest.raises(ValueError, match="is not a tilestream store"):
+        open_store(place)
