@@ -6,7 +6,7 @@ Tasks: `saliency` (input gradient of a logit), `guided` (guided back-propagation
 cross-entropy: `backward`). Beside ours: plain autograd, channels-last with batch norm folded (saliency), checkpointing
 by stage (weights). Memory is what the call adds to the process's resident memory; the floor is the machine's measured
 convolution rate, and useful FLOPs are those of the un-tiled pass. Variants that do not fit the machine are left out by
-name, with --skip plain.
+name, with --skip plain. The peer, lightstream (weights), runs in an environment of its own: `peer.py` says how.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ OTHERS = {
     "guided": ["plain"],
     "weights": ["plain", "channels-last", "checkpoint"],
 }
+PEER = "lightstream "
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--task", default="saliency", choices=sorted(OTHERS))
     parser.add_argument("--budgets", default="200MiB,400MiB,1GiB")
     parser.add_argument("--skip", default="", help="variants to leave out, separated by commas")
+    parser.add_argument("--lightstream", default="", metavar="PYTHON:TILE[,TILE...]", help="the peer, tiles in px")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -50,7 +52,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if options.variant:
         print(json.dumps(measure(options.variant, options.task, options.net, (height, width), options.threads)))
         return []
+    python, _, tiles = options.lightstream.rpartition(":")
+    if options.lightstream and not (python and options.task == "weights"):
+        parser.error(f"--lightstream={options.lightstream} must be PYTHON:TILE[,TILE...], with --task weights")
     others = [v for v in OTHERS[options.task] if v not in options.skip.split(",")]
+    others += [f"{PEER}{tile}" for tile in tiles.split(",") if tile]
     runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in [*others, *options.budgets.split(",")]}
     for _ in range(options.repeats):
         for variant, results in runs.items():
@@ -86,7 +92,6 @@ def _lines(path: str) -> list[str]:
 def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: int) -> dict[str, float]:
     """One variant in this process: seconds, bytes above the bare process, predicted bytes, overhead, useful GFLOP/s."""
     import numpy as np
-    import psutil
     import torch
 
     torch.manual_seed(0)
@@ -104,6 +109,21 @@ def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: 
         call = (lambda a: streamed.backward(a, loss)) if weights else lambda a: streamed.saliency(a, method=method)
     call(np.ascontiguousarray(image[:, :256, :256]))  # libraries load before the clock starts
     net.zero_grad()
+    seconds, bytes_ = watched(lambda: call(image))
+    return {
+        "seconds": seconds,
+        "bytes": bytes_,
+        "predicted_bytes": plan.peak_bytes if plan else 0,
+        "overhead": plan.overhead if plan else 1.0,
+        "useful_gflops": flops / seconds / 1e9,
+        "convolution_gflops": convolution_rate(),
+    }
+
+
+def watched(call: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds that `call` takes, and the bytes that it adds to the process's resident memory at most."""
+    import psutil
+
     process, peak, done = psutil.Process(), [0], threading.Event()
     before = process.memory_info().rss
 
@@ -114,18 +134,13 @@ def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: 
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    call(image)
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    return {
-        "seconds": seconds,
-        "bytes": peak[0] - before,
-        "predicted_bytes": plan.peak_bytes if plan else 0,
-        "overhead": plan.overhead if plan else 1.0,
-        "useful_gflops": flops / seconds / 1e9,
-        "convolution_gflops": convolution_rate(),
-    }
+    try:
+        call()
+        seconds = time.perf_counter() - started
+    finally:
+        done.set()  # or a call that fails would leave a process that never ends
+        watcher.join()
+    return seconds, peak[0] - before
 
 
 def loss(logits: Any) -> Any:
@@ -204,8 +219,13 @@ def convolution_rate() -> float:
 
 
 def _child(variant: str, options: argparse.Namespace) -> dict[str, float]:
-    words = ["--net", options.net, "--size", options.size, "--threads", str(options.threads), "--task", options.task]
-    done = subprocess.run([sys.executable, __file__, *words, "--variant", variant], capture_output=True, text=True)
+    words = ["--net", options.net, "--size", options.size, "--threads", str(options.threads)]
+    if variant.startswith(PEER):
+        python, script = options.lightstream.rpartition(":")[0], str(Path(__file__).with_name("peer.py"))
+        command = [python, script, *words, "--tile", variant.removeprefix(PEER)]
+    else:
+        command = [sys.executable, __file__, *words, "--task", options.task, "--variant", variant]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise RuntimeError(f"variant {variant!r} failed: {why}")

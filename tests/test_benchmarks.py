@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import sys
+import threading
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent / "benchmarks"
 
@@ -38,6 +42,38 @@ def test_engine(tmp_path, capsys):
     assert cut["bytes"] <= cut["predicted_bytes"] <= 150 * 2**20
     assert "of peak" in capsys.readouterr().out
     assert json.loads(out.read_text())["rows"] == rows
+
+
+PEER = ["--task", "weights", "--net", "resnet18", "--size", "256x256", "--budgets", "300MiB", "--repeats", "1"]
+PEER += ["--skip", "plain,channels-last,checkpoint", "--threads", "1"]
+
+
+def test_engine_runs_the_peer_with_its_own_python(tmp_path):
+    python = tmp_path / "python"  # stands in for that environment's: lightstream is not to be had in this one
+    numbers = {"seconds": 2, "bytes": 3, "predicted_bytes": 0, "overhead": 1, "useful_gflops": 4}
+    line = json.dumps(numbers | {"convolution_gflops": 5})
+    python.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/words\necho '{line}'\n")
+    python.chmod(0o755)
+    rows = load("engine").main([*PEER, "--lightstream", f"{python}:1024,2048"])
+    assert [row["variant"] for row in rows] == ["lightstream 1024", "lightstream 2048", "300MiB"]
+    assert [row["seconds"] for row in rows[:2]] == [2, 2]
+    words = f"{ROOT}/peer.py --net resnet18 --size 256x256 --threads 1 --tile"
+    assert (tmp_path / "words").read_text().splitlines() == [f"{words} 1024", f"{words} 2048"]
+
+
+def test_engine_says_what_the_peer_lacks(capsys):
+    with pytest.raises(RuntimeError, match="'lightstream 1024' failed: ModuleNotFoundError: No module named"):
+        load("engine").main([*PEER, "--lightstream", f"{sys.executable}:1024"])
+    with pytest.raises(SystemExit, match="2"):
+        load("engine").main(["--task", "saliency", "--lightstream", f"{sys.executable}:1024"])
+    assert "with --task weights" in capsys.readouterr().err
+
+
+def test_a_call_that_fails_ends():
+    threads = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        load("engine").watched(lambda: 1 / 0)
+    assert threading.active_count() == threads
 
 
 def test_sizes(tmp_path, capsys):
