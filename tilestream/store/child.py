@@ -89,7 +89,11 @@ class Child:
             raise EOFError(how) from None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        words = {"VIPS_MAX_COORD": self.limits.side_px, "VIPS_CONCURRENCY": 1, "MALLOC_ARENA_MAX": 1}
+        words = {
+            "VIPS_MAX_COORD": self.limits.side_px,
+            "VIPS_CONCURRENCY": 1,
+            "MALLOC_ARENA_MAX": 1,
+        }
         environment = {**os.environ, **{name: str(value) for name, value in words.items()}}
         command = [sys.executable, "-c", f"import {__name__} as child; child.serve({self.limits.memory})"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)

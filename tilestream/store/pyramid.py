@@ -6,7 +6,11 @@ halved, and handed to the next level. So memory grows with the photograph's widt
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
+import mmap
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,7 +27,8 @@ from tilestream.store.shards import ArrayWriter, Grid, metadata
 
 TOP_PX = 1024  # the long side at which the pyramid ends
 SQUARE_PX = 1024
-STRIP_BYTES = 2**22
+STRIP_BYTES, BUFFER_BYTES = 2**20, 2**23
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def write_attempt(
     for level, below in pairwise(levels):
         level.below = below
     square = Square(image.height, image.width)
+    _keep_freed_memory(not isinstance(levels[0].band, np.memmap))
     for strip in strips(image):
         square.add(strip)
         levels[0].add(strip)
@@ -128,7 +134,7 @@ class Level:
         self.kept: list[Pixels] = []
         """All rows, where no level is below."""
         grid = self.grid
-        self.band = np.empty((min(grid.height, grid.chunk_px), grid.width, grid.channels), np.uint8)
+        self.band = _buffer((min(grid.height, grid.chunk_px), grid.width, grid.channels))
         self.chunk = np.zeros((grid.channels, grid.chunk_px, grid.chunk_px), np.uint8)
         self.low, self.high = np.full(grid.channels, 255), np.zeros(grid.channels, int)
         self.done = self.rows = 0
@@ -139,12 +145,15 @@ class Level:
             part, rows = np.split(rows, [len(self.band) - self.rows])
             self.band[self.rows : self.rows + len(part)] = part
             self.rows += len(part)
+            _release(self.band)
             if self.rows == len(self.band) or self.done + self.rows == self.grid.height:
                 self._flush()
 
     def _flush(self) -> None:
         band, size = self.band[: self.rows], self.grid.chunk_px
         for column in range(self.grid.chunks[1]):
+            if column % 16 == 0:
+                _release(self.band)
             part = band[:, column * size : (column + 1) * size]
             height, width = part.shape[:2]
             if (height, width) != (size, size):
@@ -159,8 +168,32 @@ class Level:
         self.done, self.rows = self.done + self.rows, 0
         if self.below is None:
             self.kept.append(band.copy())
-        else:
-            self.below.add(halved_maximum(band) if self.maximum else halved(band))
+            return
+        halve = halved_maximum if self.maximum else halved
+        for y in range(0, len(band), 64):
+            self.below.add(halve(band[y : y + 64]))
+            _release(self.band)
+
+
+def _buffer(shape: tuple[int, ...]) -> Pixels:
+    """Memory for a band; that of a wide photograph lies in a file without a name, so that memory does not grow."""
+    if np.prod(shape) <= BUFFER_BYTES:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _keep_freed_memory(keep: bool) -> None:
+    """Whether glibc keeps freed buffers, which is a third faster, or gives them back, so that memory does not grow."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            ctypes.CDLL(None).mallopt(threshold, 2**25 if keep else 2**17)
+
+
+def _release(buffer: Pixels) -> None:
+    """Leaves a buffer's pages to the system's cache; what they hold stays."""
+    if isinstance(buffer, np.memmap):
+        buffer._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def halved(band: Pixels) -> Pixels:
