@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 from tilestream.store import decode, layout
 from tilestream.store.fieldofview import field_of_view
@@ -102,7 +103,7 @@ def _write(files: Files, source: Source, file: Any, digest: str, settings: Setti
             height, width = image.height, image.width
             masks = {
                 name: decode.mask(stack.enter_context(decode.opened(path)), height, width)
-                for name, path in sorted((getattr(source, "masks", None) or {}).items())
+                for name, path in sorted(source.masks.items())
             }
             made = write_attempt(files, folder, image, source.id, settings.format, masks)
         if decode.digest(file) != digest:
@@ -132,11 +133,26 @@ def _write(files: Files, source: Source, file: Any, digest: str, settings: Setti
     return {**facts, "seal": layout.seal(facts)}
 
 
+def _ome_xml(number: int, facts: dict[str, Any]) -> str:
+    size = f'SizeX="{facts["width"]}" SizeY="{facts["height"]}" SizeZ="1" SizeC="3" SizeT="1"'
+    channels = "".join(f'<Channel ID="Channel:{number}:{c}" SamplesPerPixel="1"/>' for c in range(3))
+    pixels = (
+        f'<Pixels ID="Pixels:{number}" DimensionOrder="XYZTC" Type="uint8" {size}>{channels}<MetadataOnly/></Pixels>'
+    )
+    return f'<Image ID="Image:{number}" Name={quoteattr(facts["id"])}>{pixels}</Image>\n'
+
+
 def write_series(store_path: Location) -> None:
     """Lists all committed photographs as OME-Zarr's bioformats2raw collection has it."""
-    files, names = layout.open_store(store_path), []
+    files = layout.open_store(store_path)
+    names: list[str] = []
+    images: list[str] = []
     for entry in sorted(files.entries("commits"), key=lambda entry: entry.name):
         facts = json.loads(files.read(f"commits/{entry.name}"))
+        images.append(_ome_xml(len(names), facts))
         names.append(layout.attempt_name(facts["id"], facts["attempt"]))
+    schema = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+    xml = f'<?xml version="1.0" encoding="UTF-8"?>\n<OME xmlns="{schema}">\n{"".join(images)}</OME>\n'
+    files.write("OME/METADATA.ome.xml", xml.encode())
     ome = {"ome": {"version": "0.5", "series": names}}
     files.write("OME/zarr.json", layout.to_json({"zarr_format": 3, "node_type": "group", "attributes": ome}))
