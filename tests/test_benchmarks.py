@@ -2,13 +2,22 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def neighbours(monkeypatch):
+    """Benchmarks find each other, as when they are run as scripts."""
+    monkeypatch.syspath_prepend(ROOT)
 
 
 def load(name):
@@ -82,4 +91,38 @@ def test_sizes(tmp_path, capsys):
     assert [row["size"] for row in rows] == [256, 512]
     assert all(0 < row["bytes"] <= row["predicted_bytes"] <= 100 * 2**20 for row in rows)
     assert "ns/px" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Five JPEG files, 600 x 700."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(5):
+        pixels = np.random.default_rng(i).integers(0, 60, (600, 700, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return folder
+
+
+def test_ingest(photographs):
+    command = [sys.executable, str(ROOT / "ingest.py"), str(photographs), "--count", "4", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # it starts processes that import it
+    lines = done.stdout.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["floor", "tilestream", "Pillow and zarr"]
+    assert all(float(line.split()[-3]) > 0 for line in lines)
+
+
+def test_memory_of_ingest():
+    small, large = load("ingest").main(["--memory", "--megapixels", "1,9"])
+    assert small["variant"] == "992 x 992 px"
+    assert 50 < small["peak_mib"] < large["peak_mib"] * 1.1 < 1000
+
+
+def test_storage(photographs, tmp_path):
+    out = tmp_path / "storage.json"
+    rows = load("storage").main([str(photographs), "--count", "2", "--crops", "2", "--out", str(out)])
+    assert [row["codec"] for row in rows] == ["zstd", "lz4", "jpegxl"]
+    assert all(row["crop_of_chunks"] > 0 and row["of_jpeg"] > 0 for row in rows)
+    assert rows[1]["mb_each"] > rows[0]["mb_each"] > rows[2]["mb_each"]
     assert json.loads(out.read_text())["rows"] == rows
