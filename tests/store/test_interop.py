@@ -34,7 +34,7 @@ def test_metadata_are_valid(filled: Path, masked: Path) -> None:
 
     write_series(filled)
     v05.Image.from_zarr(zarr.open_group(attempt(filled, "b"), mode="r"))
-    # with labels Image.from_zarr looks for their arrays in the wrong place (ome-zarr-models 1.7)
+    # with labels Image.from_zarr looks for their arrays in the wrong place (ome-zarr-models 1.6 and 1.7)
     v05.ImageLabel.from_zarr(zarr.open_group(attempt(masked, "m") / "labels" / "MA", mode="r"))
     v05.BioFormats2Raw.from_zarr(zarr.open_group(filled, mode="r"))
     series = json.loads((filled / "OME" / "zarr.json").read_text())["attributes"]["ome"]["series"]

@@ -54,7 +54,7 @@ def test_what_is_not_there(filled: Path, tmp_path: Path) -> None:
 def test_samples(filled: Path) -> None:
     samples = Store(filled).samples()
     assert samples.columns.tolist() == [
-        "id", "label", "patient", "height", "width", "source_sha256", "low", "high", "megapixels", "bytes"
+        "id", "label", "patient", "eye", "height", "width", "source_sha256", "low", "high", "megapixels", "bytes"
     ]  # fmt: skip
     assert samples["label"].isna().all()
     assert samples["patient"].tolist() == ["a", "b", "c"]

@@ -58,7 +58,26 @@ def test_ids_do_not_leave_the_folder(folder: Path, tmp_path: Path) -> None:
     assert [source.problem for source in find_photographs(folder, labels(*ids))] == ["outside_root"] * len(ids)
     assert find_photographs(folder, labels("inside"))[0].problem is None
     walked = {source.id: source.problem for source in find_photographs(folder)}
-    assert walked == {"inside": None, "link": "outside_root", "there": None}
+    assert walked == {"inside": None, "link": "outside_root", "there": None, "up/": "outside_root"}
+
+
+def test_a_folder_hides_no_photograph(folder: Path) -> None:
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    (folder / "a.JpG").touch()
+    assert find_photographs(folder, labels("a")) == [Source("a", str(folder / "a.JpG"), None, "a.JpG")]
+    assert find_photographs(folder, labels("b"))[0].path == str(folder / "b")  # told when it is opened: not_a_file
+
+
+def test_a_link_to_a_folder_is_not_left_out_silently(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.jpg").touch()
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.jpg").touch()
+    (folder / "sub" / "away").symlink_to(tmp_path / "elsewhere")
+    (folder / "same").symlink_to(folder / "sub")  # its photographs are found where they are
+    found = {source.id: source.problem for source in find_photographs(folder)}
+    assert found == {"sub/a": None, "sub/away/": "outside_root"}
 
 
 def test_odd_names_are_missing_and_do_not_raise(folder: Path) -> None:

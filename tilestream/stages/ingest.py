@@ -17,15 +17,16 @@ from tilestream.store import (
     Settings,
     Store,
     create_store,
-    find_photographs,
     ingest_guarded,
     is_url,
     lease,
     open_store,
-    read_labels,
     write_labels,
     write_series,
 )
+from tilestream.store.adapters import Adapter, read_collection
+from tilestream.store.duplicates import duplicate_notes
+from tilestream.store.labels import Columns
 
 from .base import Context, Stage, StageConfig
 from .jobs import run_jobs
@@ -37,12 +38,18 @@ class IngestConfig(StageConfig):
     folder: Path = Field(
         description="folder with the photographs; a relative one is looked for below the run's folder, too"
     )
-    labels: Path | None = Field(None, description="CSV with a row a photograph")
-    id_column: str = Field("image", description="its column with the photographs' names, with or without ending")
+    adapter: Adapter = Field("csv", description="form of the data set: any CSV, one folder a class, or a published one")
+    labels: Path | None = Field(
+        None, description="CSV with a row a photograph (default: the one in the folder, where the adapter has one)"
+    )
+    id_column: str | None = Field(
+        None, description="its column with the photographs' names (default: image, or the data set's own)"
+    )
     label_column: str | None = Field(None, description="its column with the grades")
     patient_column: str | None = Field(
         None, description="its column with the patients (default: every photograph its own)"
     )
+    eye_column: str | None = Field(None, description="its column with the eyes: left or right, L or R, OS or OD")
     chunks: int = Field(512, ge=64, description="side of a chunk in px")
     shards: int = Field(8192, ge=64, description="side of the square in px whose area a shard holds at most")
     codec: Literal["zstd", "lz4", "jpegxl"] = Field("zstd", description="lossless compression; jpegxl is an extra")
@@ -56,13 +63,10 @@ def run(config: IngestConfig, context: Context) -> None:
     """Ingests what is not in the store yet; quarantined photographs are recorded there with their reason."""
     if context.store_path is None:
         raise ValueError("ingest needs a store; give --store PATH")
-    folder, table = located(config.folder, context), None
-    if config.labels is not None:
-        csv = located(config.labels, context)
-        table = read_labels(
-            csv, id_column=config.id_column, label_column=config.label_column, patient_column=config.patient_column
-        )
-    sources = {source.id: source for source in find_photographs(folder, table)}
+    folder, csv = located(config.folder, context), config.labels and located(config.labels, context)
+    named = (config.id_column, config.label_column, config.patient_column, config.eye_column)
+    found = read_collection(folder, config.adapter, csv, Columns(*(name or "" for name in named)))
+    sources, table = {source.id: source for source in found.sources}, found.labels
     if not sources:
         raise ValueError(f"folder={str(folder)!r} holds no photographs (.jpeg, .jpg, .png, .tif, .tiff, .webp)")
     settings, limits = _settings(config)
@@ -102,6 +106,8 @@ def _ingest(
         f"+ {outcomes['quarantined']} quarantined{f' ({left})' if left else ''}; "
         f"{megapixels / (time.perf_counter() - started):.1f} megapixels/s"
     )
+    for note in duplicate_notes(Store(store).samples()):
+        context.say(f"ingest: {note}")
     if conflicts := reasons["conflicting_source"]:  # labels, too, would speak of bytes that are not those stored
         raise ValueError(
             f"{conflicts} photographs are not those stored in {str(store)!r} under the same names; "

@@ -8,13 +8,13 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field
 
-from tilestream.training import split
+from tilestream.training import groups, split
 
 from .base import Context, Stage, StageConfig, replacing
 
 
 class SplitConfig(StageConfig):
-    """Splits photographs by patient; byte-identical ones stay together."""
+    """Splits photographs by patient; byte-identical ones stay together, directly or through others."""
 
     fractions: tuple[float, float, float] = Field((0.65, 0.15, 0.20), description="training, validation, test")
     seed: int = Field(0, ge=0, description="seed of the split")
@@ -25,8 +25,9 @@ def run(config: SplitConfig, context: Context) -> None:
     samples = context.store.samples()
     table = split(samples, config.fractions, config.seed)
     write_table(path_of(context), table)
-    counts = table.merge(samples[["id", "label"]], on="id").groupby("split", sort=False).size()
-    context.say("split: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    counts = table.groupby("split", sort=False).size()
+    said = ", ".join(f"{name} {count}" for name, count in counts.items())
+    context.say(f"split: {said}; {len(set(groups(samples)))} groups that share no patient and no file")
 
 
 def path_of(context: Context) -> Path:

@@ -5,6 +5,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import xarray as xr
 
 from tilestream.store.files import Location
@@ -21,16 +22,17 @@ def open_dataset(path: Location) -> xr.Dataset:
     """
     store = Store(path)
     samples = store.samples()
-    variables: dict[str, Any] = {
-        name: ("id", samples[name].to_numpy(dtype=float, na_value=np.nan))
-        if name == "label"
-        else ("id", samples[name].to_numpy(dtype=None if samples[name].dtype.kind in "if" else object))
-        for name in samples.columns
-        if name != "id"
-    }
+    variables: dict[str, Any] = {name: ("id", _values(samples[name])) for name in samples.columns if name != "id"}
     ids = samples["id"].to_numpy(dtype=object)
     variables["square"] = (("id", "c", "y", "x"), _squares(store, ids))
     return xr.Dataset(variables, coords={"id": ids}, attrs={"store": str(store.path)})
+
+
+def _values(column: pd.Series) -> npt.NDArray[Any]:
+    gaps = isinstance(column.dtype, pd.Int64Dtype)
+    plain = {"dtype": None if column.dtype.kind in "if" else object}
+    values: npt.NDArray[Any] = column.to_numpy(**({"dtype": float, "na_value": np.nan} if gaps else plain))
+    return values
 
 
 def _squares(store: Store, ids: npt.NDArray[Any]) -> Any:

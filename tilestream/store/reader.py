@@ -14,13 +14,14 @@ import zarr
 
 from tilestream.store import layout
 from tilestream.store.files import Files, Location, is_url
-from tilestream.store.labels import table_bytes
+from tilestream.store.labels import FACTS, table_bytes
 
 _STAMP = b"tilestream_commits"
 _COLUMNS = {
     "id": "str",
     "label": "Int64",
     "patient": "str",
+    "eye": "string",
     "height": "int64",
     "width": "int64",
     "source_sha256": "str",
@@ -52,8 +53,9 @@ class Store:
         return sorted(layout.decode_id(name.removesuffix(".json")) for name in self._records("commits"))
 
     def samples(self) -> pd.DataFrame:
-        """One row a committed photograph, by id: id, label (Int64, NA if unknown), patient (the id if unknown),
-        height, width, source_sha256, low and high (extremes over all channels), megapixels, bytes.
+        """One row a committed photograph, by id: id, label (Int64, NA if unknown), patient (the id if unknown), eye
+        (left, right or NA), height, width, source_sha256, low and high (extremes over all channels), megapixels, bytes,
+        and what else the labels have.
 
         Kept in samples.parquet, which is rebuilt when commits or labels have changed since.
         """
@@ -152,7 +154,7 @@ class Store:
         return digest.hexdigest().encode()
 
     def labels(self) -> pd.DataFrame:
-        """What `write_labels` wrote: id, label, patient; empty where nobody did."""
+        """What `write_labels` wrote: id, label, patient, eye and others; empty where nobody did."""
         stored = self._labels()
         return pd.DataFrame({"id": [], "label": [], "patient": []}) if stored is None else _table(stored)
 
@@ -164,7 +166,7 @@ class Store:
 
     def _join(self) -> pd.DataFrame:
         rows = [_row(json.loads(self.files.read(f"commits/{name}"))) for name in self._records("commits")]
-        samples = pd.DataFrame(rows, columns=[name for name in _COLUMNS if name not in ("label", "patient")])
+        samples = pd.DataFrame(rows, columns=["id", *FACTS])
         labels = self.labels()
         joined = samples.astype({"id": str}).merge(labels.astype({"id": str}), on="id", how="left", validate="1:1")
         joined["patient"] = joined["patient"].where(joined["patient"].notna(), joined["id"])
@@ -183,4 +185,5 @@ def _row(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _typed(samples: pd.DataFrame) -> pd.DataFrame:
-    return samples[list(_COLUMNS)].astype(_COLUMNS)
+    others = [name for name in samples.columns if name not in _COLUMNS]
+    return samples.reindex(columns=[*_COLUMNS, *others]).astype(_COLUMNS)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -17,12 +17,14 @@ class Source:
 
     id: its name without a known file ending. path: where it lies now. problem: a reason code when it can be told
     without opening the file that it cannot be used. name: path relative to its folder, the only one that a store keeps.
+    masks: the file of each lesion's mask, by the lesion's code ("MA"), of the photograph's size, 0 where it is not.
     """
 
     id: str
     path: str
     problem: str | None = None
     name: str = ""
+    masks: dict[str, str] = field(default_factory=dict, hash=False)
 
 
 def stored_id(name: str) -> str:
@@ -34,9 +36,10 @@ def stored_id(name: str) -> str:
 def find_photographs(folder: str | os.PathLike[str], labels: pd.DataFrame | None = None) -> list[Source]:
     """The photographs in `folder`: one Source for each row of `labels`, or without labels for each photograph there.
 
-    An id in `labels` is tried as it is, then with the known endings; it may name a file in a subfolder. Without labels
-    the folder is walked, subfolders too (the id is then `sub/name`), names with a leading dot left out. What cannot be
-    used is told in `Source.problem`: missing_file, outside_root, ambiguous_name (several endings).
+    An id in `labels` is tried as it is, then with the known endings; it may name a file in a subfolder. A folder of
+    that name hides no photograph. Without labels the folder is walked, subfolders too (the id is then `sub/name`),
+    names with a leading dot left out. What cannot be used is told in `Source.problem`: missing_file, outside_root (a
+    linked folder, too, when it lies elsewhere), ambiguous_name (several endings).
     Raises NotADirectoryError when there is no such folder, OSError when a part of it cannot be listed.
     """
     root = Path(folder)
@@ -44,31 +47,36 @@ def find_photographs(folder: str | os.PathLike[str], labels: pd.DataFrame | None
         raise NotADirectoryError(f"folder={str(root)!r} is not a folder")
     real = os.path.realpath(root)
     if labels is None:
-        names = [name for name in _walk(root) if stored_id(name) != name]
-        return [_source(root, real, id, names) for id, names in sorted(_by_id(names).items())]
+        files, links = walk(root)
+        names = [name for name in files if stored_id(name) != name]
+        away = [Source(f"{link}/", "", "outside_root", link) for link in links if not _inside(real, root / link)]
+        return [_source(root, real, id, names) for id, names in sorted(_by_id(names).items())] + away
 
     @cache
-    def listing(parent: Path) -> frozenset[str]:
+    def listing(parent: Path) -> dict[str, list[str]]:
         try:
-            return frozenset(os.listdir(parent))
+            return _by_id(os.listdir(parent))
         except PermissionError:
             raise
         except OSError:  # no such folder, a name that is too long: its photographs are missing
-            return frozenset()
+            return {}
 
     return [_named(root, real, id, listing) for id in labels["id"]]
 
 
-def _walk(root: Path) -> list[str]:
+def walk(root: Path) -> tuple[list[str], list[str]]:
+    """The files below a folder, and links to folders (not followed); no names with a leading dot. Raises OSError."""
+
     def fail(error: OSError) -> None:  # os.walk would leave the folder out and say nothing
         raise error
 
-    found = []
+    files, links = [], []
     for parent, folders, names in os.walk(root, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = Path(parent).relative_to(root)
-        found += [(below / name).as_posix() for name in names if not name.startswith(".")]
-    return found
+        files += [(below / name).as_posix() for name in names if not name.startswith(".")]
+        links += [(below / name).as_posix() for name in folders if os.path.islink(os.path.join(parent, name))]
+    return files, links
 
 
 def _by_id(names: list[str]) -> dict[str, list[str]]:
@@ -78,18 +86,19 @@ def _by_id(names: list[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _named(root: Path, real: str, id: str, listing: Callable[[Path], frozenset[str]]) -> Source:
+def _named(root: Path, real: str, id: str, listing: Callable[[Path], dict[str, list[str]]]) -> Source:
     """The Source of a labels row. Nothing outside the root is looked at."""
     wanted = PurePosixPath(id)
     climbs = "\0" in id or wanted.is_absolute() or ".." in wanted.parts or not wanted.parts
     if climbs or not _inside(real, root / wanted.parent):
         return Source(stored_id(id), "", "outside_root", id)
     there = listing(root / wanted.parent)
-    names = [id] if wanted.name in there else []
-    if not names:
-        endings = (wanted.name + ending for lower in ENDINGS for ending in (lower, lower.upper()))
-        names = [(wanted.parent / name).as_posix() for name in endings if name in there]
-    return _source(root, real, stored_id(id), names or [id])
+    names = there.get(wanted.name, [])
+    if len(names) > 1 and (root / wanted).is_dir():
+        names = [name for name in names if name != wanted.name]
+    elif wanted.name in there.get(stored_id(wanted.name), []):
+        names = [wanted.name]
+    return _source(root, real, stored_id(id), [(wanted.parent / name).as_posix() for name in names] or [id])
 
 
 def _source(root: Path, real: str, id: str, names: list[str]) -> Source:
