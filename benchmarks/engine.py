@@ -4,9 +4,11 @@
 
 Tasks: `saliency` (input gradient of a logit), `guided` (guided back-propagation), `weights` (all gradients of
 cross-entropy: `backward`). Beside ours: plain autograd, channels-last with batch norm folded (saliency), checkpointing
-by stage (weights). Memory is what the call adds to the process's resident memory; the floor is the machine's measured
-convolution rate, and useful FLOPs are those of the un-tiled pass. Variants that do not fit the machine are left out by
-name, with --skip plain. The peer, lightstream (weights), runs in an environment of its own: `peer.py` says how.
+by stage (weights). A budget like "bf16 400MiB" is that of maps in bfloat16; `error` is its distance to the float32
+saliency by its norm, as it is for autocast. Memory is what the call adds to the process's resident memory; the floor is
+the machine's measured convolution rate, and useful FLOPs are those of the un-tiled pass. Variants that do not fit the
+machine are left out by name, with --skip plain. The peer, lightstream (weights), runs in an environment of its own:
+`peer.py` says how.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from typing import Any
 import tilestream as ts
 
 OTHERS = {
-    "saliency": ["plain", "channels-last folded"],
+    "saliency": ["plain", "channels-last folded", "channels-last folded bf16"],
     "guided": ["plain"],
     "weights": ["plain", "channels-last", "checkpoint"],
 }
-PEER = "lightstream "
+PEER, BF16 = "lightstream ", "bf16 "
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--net", default="resnet18")
     parser.add_argument("--size", default="2048x2048", help="HEIGHTxWIDTH")
     parser.add_argument("--task", default="saliency", choices=sorted(OTHERS))
-    parser.add_argument("--budgets", default="200MiB,400MiB,1GiB")
+    parser.add_argument("--budgets", default="200MiB,400MiB,1GiB", help="or tile=SIDE; bf16 before either")
     parser.add_argument("--skip", default="", help="variants to leave out, separated by commas")
     parser.add_argument("--lightstream", default="", metavar="PYTHON:TILE[,TILE...]", help="the peer, tiles in px")
     parser.add_argument("--repeats", type=int, default=3)
@@ -103,13 +105,22 @@ def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: 
     if variant in OTHERS[task]:
         call = other(variant, task, net)
     else:
-        streamed = ts.stream(net, memory=variant)
+        short = "bf16" if variant.startswith(BF16) else None
+        text = variant.removeprefix(BF16)
+        bound: Any = {"tile": int(text[5:])} if text.startswith("tile=") else {"memory": text}
+        streamed = ts.stream(net, **bound, precision=short)
         method = "guided" if task == "guided" else "gradient"
         plan = streamed.plan(image.shape, weights=weights, method=method)
         call = (lambda a: streamed.backward(a, loss)) if weights else lambda a: streamed.saliency(a, method=method)
     call(np.ascontiguousarray(image[:, :256, :256]))  # libraries load before the clock starts
     net.zero_grad()
-    seconds, bytes_ = watched(lambda: call(image))
+    results: list[Any] = []
+    seconds, bytes_ = watched(lambda: results.append(call(image)))
+    error = 0.0
+    if "bf16" in variant and task == "saliency":
+        want = ts.stream(net, memory="2 GiB").saliency(image).numpy()
+        got = results[0].numpy() if streamed else results[0][0].mean(0).numpy()
+        error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
     return {
         "seconds": seconds,
         "bytes": bytes_,
@@ -117,6 +128,7 @@ def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: 
         "overhead": plan.overhead if plan else 1.0,
         "useful_gflops": flops / seconds / 1e9,
         "convolution_gflops": convolution_rate(),
+        "error": error,
     }
 
 
@@ -150,7 +162,7 @@ def loss(logits: Any) -> Any:
     return torch.nn.functional.cross_entropy(logits, torch.ones(len(logits), dtype=torch.int64))
 
 
-def other(variant: str, task: str, net: Any) -> Callable[[Any], None]:
+def other(variant: str, task: str, net: Any) -> Callable[[Any], Any]:
     """Plain PyTorch, in the way that `variant` names."""
     import torch
     from torch.fx.experimental.optimization import fuse
@@ -169,10 +181,12 @@ def other(variant: str, task: str, net: Any) -> Callable[[Any], None]:
     if task == "guided":
         net.apply(_guide)
 
-    def call(array: Any) -> None:
+    def call(array: Any) -> Any:
         x = torch.from_numpy(array)[None].contiguous(memory_format=layout).requires_grad_()
-        logits = forward(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in variant):
+            logits = forward(x)
         (loss(logits) if task == "weights" else logits[0, 1]).backward()
+        return x.grad
 
     return call
 
@@ -240,8 +254,8 @@ def _medians(results: list[dict[str, float]]) -> dict[str, float]:
 def _print(rows: list[dict[str, Any]], caption: str) -> None:
     first = rows[0]
     print(caption)
-    heads = ("seconds", "x first", "MiB", "x first", "predicted", "FLOPs", "GFLOP/s", "of peak")
-    print(f"{'variant':24}" + "".join(f"{head:>10}" for head in heads))
+    heads = ("seconds", "x first", "MiB", "x first", "predicted", "FLOPs", "GFLOP/s", "of peak", "error")
+    print(f"{'variant':26}" + "".join(f"{head:>10}" for head in heads))
     for row in rows:
         predicted = f"{row['predicted_bytes'] / 2**20:.0f}" if row["predicted_bytes"] else "-"
         cells = (
@@ -253,8 +267,9 @@ def _print(rows: list[dict[str, Any]], caption: str) -> None:
             f"{row['overhead']:.2f}",
             f"{row['useful_gflops']:.0f}",
             f"{row['useful_gflops'] / row['convolution_gflops']:.2f}",
+            f"{row['error']:.3f}" if row.get("error") else "-",
         )
-        print(f"{row['variant']:24}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+        print(f"{row['variant']:26}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -36,16 +36,18 @@ def test_engine(tmp_path, capsys):
         "--size",
         "1024x1024",
         "--budgets",
-        budget,
+        f"{budget},bf16 tile=256",
         "--repeats",
         "1",
         "--threads",
         "1",
     ]
     rows = load("engine").main([*words, "--out", str(out)])
-    assert [row["variant"] for row in rows] == ["plain", "channels-last folded", budget]
+    short = "channels-last folded bf16"
+    assert [row["variant"] for row in rows] == ["plain", "channels-last folded", short, budget, "bf16 tile=256"]
+    assert all((0.01 < row["error"] < 0.5) == ("bf16" in row["variant"]) for row in rows)
     assert all(row["seconds"] > 0 and row["useful_gflops"] > 0 for row in rows)
-    plain, _, cut = rows
+    plain, _, _, cut, _ = rows
     assert cut["overhead"] > 1 == plain["overhead"]
     assert cut["bytes"] < plain["bytes"]
     assert cut["bytes"] <= cut["predicted_bytes"] <= 150 * 2**20

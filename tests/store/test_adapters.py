@@ -195,7 +195,6 @@ def test_messidor_without_folders_of_bases(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["xls", "xlsx"])
 def test_messidor_spreadsheets(folder: Path, kind: str) -> None:
-    pytest.importorskip("python_calamine", reason="the optional package python-calamine is not installed")
     touch(folder, "Base11/a.tif", "Base11/b.tif")
     path = folder / f"Annotation_Base11.{kind}"
     path.write_bytes(xlsx() if kind == "xlsx" else zlib.decompress(base64.b85decode(XLS)))

@@ -349,6 +349,21 @@ class Convolution(Windowed):
         return result.reshape(1, channels, height * sy, width * sx), box
 
 
+class Dense(Convolution):
+    """A linear layer over the channels of every pixel: a convolution with a window of one."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear, bias = linear, linear.bias is not None
+        shape = nn.Conv2d(
+            linear.in_features, linear.out_features, 1, bias=bias, device="meta", dtype=linear.weight.dtype
+        )
+        super().__init__(shape)
+
+    def effective(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        weight = self.linear.weight[:, :, None, None]
+        return [weight] if self.linear.bias is None else [weight, self.linear.bias]
+
+
 class TransposedConvolution(Operation):
     saves = "nothing"
 

@@ -6,6 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -21,6 +22,17 @@ from .reductions import Reduction
 Number = int | Fraction
 Stride = tuple[Number, Number]
 Context = Any
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the code sees a map (N, C, H, W): "last" as (N, H, W, C), or "groups" as (N, G, C/G, H, W), turned or not."""
+
+    kind: str
+    there: Callable[[Tensor], Tensor]
+
+
+LAST = Arrangement("last", lambda t: t.permute(0, 2, 3, 1))
 LINEAR_HEAD = (nn.Linear, nn.Flatten, nn.Identity, nn.Dropout)
 RESHAPES = (torch.flatten, torch.squeeze, "flatten", "view", "reshape", "squeeze", "size", getattr, operator.getitem)
 
@@ -52,16 +64,116 @@ def whole(value: Number) -> Number:
 
 def add(ctx: Context) -> None:
     """Puts what a node of the recorded graph means into the network; ValueError says why it cannot be streamed."""
-    if ctx.is_module:
+    if any(n in ctx.builder.arranged for n in ctx.node.all_input_nodes):
+        _arranged(ctx)
+    elif ctx.is_module:
         handler = MODULES.get(type(ctx.target))
         if handler is None:
             raise ValueError("cannot be streamed exactly")
         handler(ctx, ctx.target, *ctx.args)
+    else:
+        handler = FUNCTIONS.get(ctx.target)
+        if handler is None:
+            raise ValueError("cannot be streamed exactly")
+        handler(ctx, *ctx.args, **ctx.kwargs)
+
+
+# ---- other arrangements of a map
+
+
+def _order(*order: Any) -> tuple[int, ...]:
+    flat = order[0] if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
+    return tuple(int(d) % len(flat) for d in flat)
+
+
+def _permute(ctx: Context, x: Any, *order: Any) -> None:
+    if _order(*order) != (0, 2, 3, 1):
+        raise ValueError(f"permute{order} of a map; only channels last, (0, 2, 3, 1), and back can be streamed")
+    ctx.alias(x)
+    ctx.builder.arranged[ctx.node] = LAST
+
+
+def _arranged(ctx: Context) -> None:
+    """A step over maps of which at least one is in another arrangement."""
+    maps = [n for n in ctx.node.all_input_nodes if ctx.is_map(n)]
+    arrangement, x = ctx.builder.arranged.get(maps[0]), maps[0]
+    if any(ctx.builder.arranged.get(m) != arrangement for m in maps):
+        raise ValueError("mixes maps of different arrangements; permute or view them alike first")
+    target = ctx.target
+    if arrangement.kind == "groups":
+        _in_groups(ctx, arrangement, x)
         return
-    handler = FUNCTIONS.get(ctx.target)
-    if handler is None:
-        raise ValueError("cannot be streamed exactly")
-    handler(ctx, *ctx.args, **ctx.kwargs)
+    if target in (torch.permute, "permute"):
+        if _order(*ctx.args[1:]) != (0, 3, 1, 2):
+            raise ValueError(f"permute{ctx.args[1:]}; only back to channels first, (0, 3, 1, 2), can be streamed")
+        ctx.alias(x)
+        return
+    if isinstance(target, nn.Linear):
+        ctx.map(op.Dense(target), (x,))
+    elif isinstance(target, nn.LayerNorm) or target is F.layer_norm:
+        _channel_norm(ctx, target, x)
+    elif isinstance(target, (nn.Dropout, nn.Identity)) or target in ("contiguous", F.dropout):
+        (MODULES if ctx.is_module else FUNCTIONS)[type(target) if ctx.is_module else target](
+            ctx, *([target] if ctx.is_module else []), *ctx.args, **ctx.kwargs
+        )
+    elif type(target) in (*ELEMENTWISE_MODULES, nn.ReLU):
+        MODULES[type(target)](ctx, target, *ctx.args)
+    elif target in ARITHMETIC and len(maps) == 1 and len(ctx.node.all_input_nodes) == 2:
+        function, args = ARITHMETIC[target], ctx.args
+        (vector,) = (n for n in args if n is not x and isinstance(n, fx.Node))
+
+        def apply(t: Tensor, v: Tensor) -> Any:
+            sides = LAST.there(t), v
+            return function(*(sides if args[0] is x else sides[::-1])).permute(0, 3, 1, 2)
+
+        ctx.map(op.Pointwise(apply), (x,), (vector.name,))
+    elif target in ARITHMETIC or target in POINTWISE:
+        FUNCTIONS[target](ctx, *ctx.args, **ctx.kwargs)
+    else:
+        raise ValueError("cannot be streamed over a map with its channels last; permute it back first")
+    ctx.builder.arranged[ctx.node] = arrangement
+
+
+def _channel_norm(ctx: Context, target: Any, x: Any) -> None:
+    """Layer norm over the channels of every pixel."""
+    if ctx.is_module:
+        shape, eps, parameters = target.normalized_shape, target.eps, (target.weight, target.bias)
+    else:
+        given = dict(zip(("shape", "weight", "bias", "eps"), ctx.args[1:], strict=False)) | dict(ctx.kwargs)
+        shape, eps = given.get("normalized_shape", given.get("shape")), given.get("eps", 1e-5)
+        parameters = tuple(ctx.constant(given.get(name)) for name in ("weight", "bias"))
+    if len(shape) != 1:
+        raise ValueError(f"layer norm over {tuple(shape)}; only channels, (C,), can be streamed")
+    weights = [p for p in parameters if p is not None]
+
+    def apply(t: Tensor, *given: Tensor) -> Any:
+        left = iter(given)
+        weight, bias = (None if p is None else next(left) for p in parameters)
+        return F.layer_norm(LAST.there(t), shape, weight, bias, eps).permute(0, 3, 1, 2)
+
+    ctx.map(op.Pointwise(apply, weights=lambda: weights), (x,))
+
+
+def _in_groups(ctx: Context, arrangement: Arrangement, x: Any) -> None:
+    """Channel shuffle, as ShuffleNet has it: groups are exchanged with what is in them, and joined again."""
+    there = arrangement.there
+    if ctx.target in (torch.transpose, "transpose") and sorted(d % 5 for d in ctx.args[1:]) == [1, 2]:
+        ctx.alias(x)
+        ctx.builder.arranged[ctx.node] = Arrangement("groups", lambda t: there(t).transpose(1, 2))
+    elif ctx.target == "contiguous":
+        ctx.alias(x)
+        ctx.builder.arranged[ctx.node] = arrangement
+    elif ctx.target in ("view", "reshape", torch.reshape, torch.flatten, "flatten"):
+        joined = ctx.target not in (torch.flatten, "flatten") or tuple(ctx.args[1:]) == (1, 2)
+        if not joined or (ctx.target not in (torch.flatten, "flatten") and len(_sides(ctx.args[1:])) != 4):
+            raise ValueError("channels in groups can only be joined again, view(n, c, h, w)")
+        ctx.map(op.Pointwise(lambda t: there(t).reshape(t.shape), linear=True), (x,))
+    else:
+        raise ValueError("cannot be streamed over channels in groups; join them first")
+
+
+def _sides(shape: Any) -> tuple[Any, ...]:
+    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else tuple(shape)
 
 
 # ---- pointwise
@@ -212,8 +324,24 @@ def _average_pool(
     ctx: Context, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> None:  # fmt: skip
+    if ctx.is_static(kernel_size):
+        _whole_average(ctx, x, kernel_size)
+        return
     axes = _slide(kernel_size, stride, padding, 1, ceil_mode)
     ctx.map(op.AveragePool(*axes, count_include_pad, divisor_override), (x,))
+
+
+def _whole_average(ctx: Context, x: Any, window: Any) -> None:
+    """Average pooling by a window of the map's own size, as older code writes the global one."""
+    source = ctx.value(x)
+
+    def make(known: Any, inputs: Any) -> op.Operation:
+        if tuple(op.pair(ctx.resolve(window, known))) != tuple(known[source][2:]):
+            raise ValueError("a window whose size depends on the image; only that of the whole map can be streamed")
+        return op.Pointwise(lambda t: t, linear=True)
+
+    name = ctx.map(op.Pointwise(lambda t: t, linear=True), (x,), make=make, name=f"{ctx.node.name}_map")
+    ctx.reduce(Reduction("mean", name, shape=lambda t: t.reshape(*t.shape[:2], 1, 1)))
 
 
 # ---- resampling and padding
@@ -300,7 +428,9 @@ def op_sides(padding: Any) -> tuple[int, int, int, int]:
 
 
 def _cat(ctx: Context, tensors: Any, dim: int = 0) -> None:
-    if dim not in (1, -3) or not all(ctx.is_map(t) for t in tensors) or any(ctx.is_flat(t) for t in tensors):
+    if not all(ctx.is_map(t) for t in tensors):
+        raise ValueError("joins a map and a vector, pooled over the whole image, which cannot be streamed")
+    if dim not in (1, -3) or any(ctx.is_flat(t) for t in tensors):
         raise ValueError(f"concatenation over dim={dim}; only maps, over channels (dim=1), can be streamed")
     ctx.map(op.Pointwise(lambda *xs: torch.cat(xs, 1), lambda *n: sum(n), linear=True), tuple(tensors))
 
@@ -445,8 +575,10 @@ def _flatten(ctx: Context, x: Any, start_dim: int = 0, end_dim: int = -1) -> Non
 
 
 def _view(ctx: Context, x: Any, *shape: Any) -> None:
-    shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    given = shape
+    given = shape = _sides(shape)
+    if len(shape) == 5 and not ctx.is_flat(x) and any(isinstance(s, int) and s > 0 for s in shape[1:3]):
+        _group(ctx, x, shape)
+        return
     if len(shape) == 1 and ctx.is_static(shape[0]):  # another map's shape
         shape = (shape[0],) * 4
     if len(shape) not in (3, 4) or not all(isinstance(s, int) or ctx.is_static(s) for s in shape):
@@ -467,6 +599,15 @@ def _view(ctx: Context, x: Any, *shape: Any) -> None:
     ctx.builder.flat.discard(ctx.node)
     if flat:
         ctx.builder.flat.add(ctx.node)
+
+
+def _group(ctx: Context, x: Any, shape: tuple[Any, ...]) -> None:
+    """view(n, g, c // g, h, w): channels in groups."""
+    sizes = [s if isinstance(s, int) else -1 for s in shape[1:3]]
+    if all(s > 0 for s in sizes):
+        sizes[1] = -1
+    ctx.alias(x)
+    ctx.builder.arranged[ctx.node] = Arrangement("groups", lambda t: t.reshape(1, *sizes, *t.shape[2:]))
 
 
 def _getattr(ctx: Context, x: Any, name: str) -> None:
@@ -563,9 +704,19 @@ FUNCTIONS: dict[Any, Callable[..., None]] = {
     **dict.fromkeys((torch.amax, "amax"), _reduce("amax")),
     **dict.fromkeys((torch.flatten, "flatten"), _flatten),
     **dict.fromkeys(("view", "reshape", torch.reshape), _view),
+    **dict.fromkeys((torch.permute, "permute"), _permute),
     getattr: _getattr,
     "size": _size,
     "dim": lambda ctx, x: ctx.shape(x, len),
     "contiguous": _same,
 }
 """By the function itself, or by the name of a method."""
+ARITHMETIC: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.add, operator.add, "add", operator.iadd), operator.add),
+    **dict.fromkeys((torch.sub, operator.sub, "sub"), operator.sub),
+    **dict.fromkeys((torch.mul, operator.mul, "mul", operator.imul), operator.mul),
+    **dict.fromkeys((torch.div, operator.truediv, "div"), operator.truediv),
+}
+POINTWISE = {getattr(F, name) for name in _ACTIVATIONS} | {F.relu, torch.relu, "relu"}
+POINTWISE |= {getattr(torch, name) for name in _MATHS} | set(_MATHS)
+"""Functions that act on every value alone, whatever the arrangement."""

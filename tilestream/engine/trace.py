@@ -200,6 +200,8 @@ class _Builder:
         """fx nodes that are maps, and the names of their values in the network."""
         self.flat: set[fx.Node] = set()
         """Maps whose positions were flattened into one dimension."""
+        self.arranged: dict[fx.Node, supported.Arrangement] = {}
+        """Maps that the code sees with their dimensions in another order, or their channels in groups."""
         self.tuples: dict[fx.Node, list[str]] = {}
         self.levels: dict[str, int] = {image: 0}
         self.static: set[fx.Node] = set()
@@ -474,6 +476,17 @@ class _Context:
         self.network.linear = False
         self.network.vectors.append(Vector(name, call, level, False))
         return name
+
+    def constant(self, source: Any) -> Any:
+        """The parameter that a node stands for; None for None."""
+        if source is None:
+            return None
+        if source.op != "get_attr":
+            raise ValueError("weights that the forward code computes cannot be streamed here")
+        value: Any = self.builder.net
+        for part in str(source.target).split("."):
+            value = getattr(value, part)
+        return value
 
     def value(self, source: fx.Node) -> str:
         return self.builder.maps[source]

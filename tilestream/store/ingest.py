@@ -18,6 +18,7 @@ from tilestream.store.sources import Source
 
 _PROBLEMS = {
     "missing_file": "no such file in the folder",
+    "missing_mask": "a mask that the labels name is not in the folder",
     "outside_root": "the name leads out of the folder",
     "ambiguous_name": "several files of this name, with different endings; give the ending in the labels",
 }

@@ -27,7 +27,7 @@ from tilestream.store.shards import ArrayWriter, Grid, metadata
 
 TOP_PX = 1024  # the long side at which the pyramid ends
 SQUARE_PX = 1024
-STRIP_BYTES, BUFFER_BYTES = 2**20, 2**23
+STRIP_BYTES, BUFFER_BYTES = 2**18, 2**23  # strips that stay in a core's cache are read twice as fast
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 
 
@@ -116,7 +116,7 @@ def write_attempt(
 
 
 def strips(image: pyvips.Image) -> Iterator[Pixels]:
-    """The rows of an 8-bit image from the top, (rows, width, bands), a few megabytes at a time."""
+    """The rows of an 8-bit image from the top, (rows, width, bands), 16 or more at a time."""
     region = pyvips.Region.new(image)
     rows = max(16, STRIP_BYTES // (image.width * image.bands) // 16 * 16)
     for y in range(0, image.height, rows):
@@ -152,7 +152,7 @@ class Level:
     def _flush(self) -> None:
         band, size = self.band[: self.rows], self.grid.chunk_px
         for column in range(self.grid.chunks[1]):
-            if column % 16 == 0:
+            if column % 4 == 0:
                 _release(self.band)
             part = band[:, column * size : (column + 1) * size]
             height, width = part.shape[:2]
@@ -170,8 +170,9 @@ class Level:
             self.kept.append(band.copy())
             return
         halve = halved_maximum if self.maximum else halved
-        for y in range(0, len(band), 64):
-            self.below.add(halve(band[y : y + 64]))
+        rows = 16 if isinstance(self.band, np.memmap) else len(band)
+        for y in range(0, len(band), rows):
+            self.below.add(halve(band[y : y + rows]))
             _release(self.band)
 
 
