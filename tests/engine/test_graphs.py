@@ -263,3 +263,9 @@ def test_one_channel_and_an_output_one_pixel_wide(whole, kernel, stride, size):
     result = stream(net.float(), tile=1000 * stride[0] * stride[1]).saliency(image, reduce=None)
     assert torch.equal(result.logits.double(), logits)
     np.testing.assert_array_equal(result.numpy(), gradient.numpy())
+
+
+def test_sums_over_tiles_share_no_memory_with_gradients_of_maps(both):
+    """Over one pixel autograd returns the gradient itself for a shift's: nothing is to be summed."""
+    norms = (nn.BatchNorm2d(2), 1), (nn.BatchNorm2d(2, affine=False), 1)
+    both(graph((nn.Conv2d(3, 2, 3), 0), *norms, (operator.add, 3, 2), channels=2), torch.randn(3, 7, 9), 1)

@@ -436,7 +436,7 @@ class Pass:
                 for total, share in zip(self.weights[name], tensors, strict=True):
                     total += share
             else:
-                self.weights[name] = tensors
+                self.weights[name] = [t.clone() for t in tensors]  # they may share memory with gradients of maps
         for name in segment.inputs:
             value = got.values.get(name)
             if value is not None and (name != network.image or write is not None):
