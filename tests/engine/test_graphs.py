@@ -130,7 +130,7 @@ def graphs(draw):
         try:
             with torch.no_grad():
                 result = step.double().eval()(*(values[i].clone() for i in reads))
-        except (RuntimeError, TypeError, ValueError):  # a window that does not fit, a module for other channels
+        except (RuntimeError, TypeError, ValueError, UserWarning):  # a window that does not fit, other channels
             continue
         values.append(result)
         modules.append(step)

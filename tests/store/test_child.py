@@ -64,7 +64,10 @@ def test_what_takes_too_much_memory(store: Path, source: Source) -> None:
 
 
 def test_sides_beyond_the_limit(store: Path, source: Source) -> None:
-    result = ingest_guarded(str(store), source, Settings(), Limits(side_px=2500))
+    result = ingest_guarded(str(store), source, Settings(max_side_px=2999), Limits())
+    assert result["reason"] == "too_large"
+    assert "--max-side raises it" in Store(store).quarantined()["message"][0]
+    result = ingest_guarded(str(store), source, Settings(max_side_px=3000), Limits(side_px=299))  # libvips' own limit
     assert result["reason"] == "damaged"
     assert ingest_guarded(str(store), source, Settings(), Limits())["status"] == "committed"
 

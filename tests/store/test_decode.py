@@ -139,6 +139,40 @@ def test_a_profile_that_is_none() -> None:
     assert caught.value.reason == "bad_profile"
 
 
+def test_a_profile_that_only_names_srgb_is_applied() -> None:
+    wide = photo().icc_transform("p3", input_profile="srgb")
+    assert not decode._is_srgb(bytes(wide.get("icc-profile-data")) + b"sRGB")
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_ycbcr_in_tiff_is_refused_rather_than_taken_for_rgb(noise: Callable[..., np.ndarray], compression: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(noise()).convert("YCbCr").save(buffer, "TIFF", compression=compression)
+    with pytest.raises(decode.Unusable, match="YCbCr") as caught:
+        decoded(buffer.getvalue())
+    assert caught.value.reason == "unsupported_colourspace"
+    image = pyvips.Image.new_from_array(noise()).tiffsave_buffer(compression="jpeg")
+    assert decoded(image).shape == (70, 90, 3)
+
+
+def mask(pixels: np.ndarray) -> np.ndarray:
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(encoded(pixels, "PNG"))
+        return decode.mask(file, *pixels.shape[:2]).numpy().reshape(pixels.shape[:2])
+
+
+def test_masks_lose_no_lesion() -> None:
+    """Not 0 is a lesion, however dark, in grey of 8 and 16 bits and in any colour; transparency is none."""
+    for kind in (np.uint8, np.uint16):
+        grey = np.zeros((20, 30), kind)
+        grey[3, 4] = 1
+        np.testing.assert_array_equal(mask(grey) > 0, grey > 0)
+    blue = np.zeros((20, 30, 4), np.uint8)
+    blue[..., 3] = 255
+    blue[5, 6, 2] = 1
+    np.testing.assert_array_equal(mask(blue) > 0, blue[..., 2] > 0)
+
+
 def cmyk_jpeg() -> bytes:
     pixels = np.zeros((20, 20, 4), dtype=np.uint8)
     return pyvips.Image.new_from_array(pixels).copy(interpretation="cmyk").jpegsave_buffer()

@@ -60,6 +60,14 @@ def test_napari_reads_photograph_and_masks(masked: Path, noise: Callable[..., np
     assert [level.shape for level in mask[0]] == [(1, 1100, 900), (1, 550, 450)]
 
 
+def test_other_masks_of_a_stored_photograph_are_told(masked: Path, folder: Path) -> None:
+    source = Source("m", str(folder / "m.png"), masks={"MA": str(folder / "MA.png")})
+    assert ingest_photograph(masked, source)["status"] == "skipped"
+    Image.fromarray(np.eye(1100, 900, 1, dtype=bool)).save(folder / "MA.png")
+    assert ingest_photograph(masked, source)["reason"] == "conflicting_source"
+    assert ingest_photograph(masked, Source("m", str(folder / "m.png")))["status"] == "skipped"
+
+
 def test_masks_are_read(masked: Path) -> None:
     np.testing.assert_array_equal(Store(masked).mask("m", "MA")[0], np.eye(1100, 900))
     with pytest.raises(ValueError, match="mask='HE' of id='m' is not in the store; it has MA"):

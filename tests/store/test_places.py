@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -25,6 +26,8 @@ from tilestream.store import (
     open_dataset,
     open_store,
     verify_photograph,
+    verify_tables,
+    write_labels,
     write_series,
 )
 from tilestream.store.files import Bucket, files_at
@@ -124,8 +127,46 @@ def test_damage_is_named(place: str, photograph: Source) -> None:
     }  # fmt: skip
     assert found["s0/image/c/0/0/0"].detail == "chunks (1, 2) of 6"
     commit = json.loads(files.read("commits/a%20b.json"))
-    files.write("commits/a%20b.json", json.dumps({**commit, "height": 601}).encode())
-    assert [damage.what for damage in verify_photograph(place, "a b")] == ["damaged"]
+    for damaged in (json.dumps({**commit, "height": 601}).encode(), b"[]", b"{", b""):
+        files.write("commits/a%20b.json", damaged)
+        assert [damage.what for damage in verify_photograph(place, "a b")] == ["damaged"]
+        with pytest.raises(ValueError, match=r"commits/a%20b.json is damaged; 'tilestream verify'"):
+            Store(place).samples()
+
+
+def test_damage_beside_the_photographs_is_named(place: str, photograph: Source) -> None:
+    create_store(place)
+    ingest_photograph(place, photograph)
+    write_labels(place, pd.DataFrame({"id": ["a b"], "label": [3], "patient": ["p"]}))
+    write_series(place)
+    files, store = files_at(place), Store(place)
+    assert store.samples()["label"].tolist() == [3]
+    assert verify_tables(place) == []
+    files.write("samples.parquet", b"no table")  # it is made of the others
+    assert store.samples()["label"].tolist() == [3]
+    labels = files.read("labels.parquet")
+    files.write("labels.parquet", labels[:-30] + bytes([labels[-30] ^ 1]) + labels[-29:])
+    series = files.read("OME/zarr.json")
+    files.write("OME/zarr.json", series.replace(b'"0.5"', b'"0.6"'))
+    assert [damage.file for damage in verify_tables(place)] == ["labels.parquet", "OME/zarr.json"]
+    files.write("OME/zarr.json", series)
+    files.remove("labels.parquet")
+    commit = files.read("commits/a%20b.json")
+    files.remove("commits/a%20b.json")
+    found = {damage.file: damage.what for damage in verify_tables(place)}
+    assert found["labels.parquet"] == found["commits/a%20b.json"] == "missing"
+    assert collect(place, older_s=-60).removed == []  # the photograph may still be saved
+    files.create("commits/a%20b.json", commit)
+    assert verify_photograph(place, "a b") == []
+
+
+def test_a_lease_that_is_no_record_holds_nothing(place: str) -> None:
+    create_store(place)
+    files = open_store(place)
+    files.write("leases/000003.json", b"")
+    files.write("leases/notes.json", b"{}")
+    with lease(files, "gc"):
+        assert "000004.json" in {entry.name for entry in files.entries("leases")}
 
 
 def test_one_at_a_time(place: str) -> None:

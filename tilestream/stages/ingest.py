@@ -76,15 +76,13 @@ def run(config: IngestConfig, context: Context) -> None:
 
 
 def _settings(config: IngestConfig) -> tuple[Settings, Limits]:
-    settings = Settings(Format(config.chunks, config.shards, config.codec), config.max_megapixels)
+    settings = Settings(Format(config.chunks, config.shards, config.codec), config.max_megapixels, config.max_side)
     return settings, Limits(config.time_limit, config.memory_limit, config.max_side)
 
 
 def _ingest(
     sources: dict[str, Any], table: Any, store: Any, settings: Settings, limits: Limits, context: Context
 ) -> None:
-    if table is not None:
-        write_labels(store, table)
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     started, megapixels = time.perf_counter(), 0.0
@@ -106,15 +104,27 @@ def _ingest(
         f"+ {outcomes['quarantined']} quarantined{f' ({left})' if left else ''}; "
         f"{megapixels / (time.perf_counter() - started):.1f} megapixels/s"
     )
-    for note in duplicate_notes(Store(store).samples()):
-        context.say(f"ingest: {note}")
     if conflicts := reasons["conflicting_source"]:  # labels, too, would speak of bytes that are not those stored
         raise ValueError(
             f"{conflicts} photographs are not those stored in {str(store)!r} under the same names; "
             "ingest them into a new store"
         )
+    if table is not None:
+        _replace_labels(store, table, context)
+    for note in duplicate_notes(Store(store).samples()):
+        context.say(f"ingest: {note}")
     if not Store(store).ids:
         raise ValueError(f"no photograph could be ingested; 'tilestream info {store}' says why")
+
+
+def _replace_labels(store: Any, table: Any, context: Context) -> None:
+    """Labels come last: those of other photographs under stored names must not be taken for theirs."""
+    before = Store(store).samples()
+    write_labels(store, table)
+    after = Store(store).samples()
+    lost = int((before["label"].notna() & after["label"].isna()).sum())
+    if lost:
+        context.say(f"ingest: warning: {lost} stored photographs are not in these labels, and have none any more")
 
 
 def located(path: Path, context: Context) -> Path:

@@ -25,7 +25,7 @@ from tilestream.store.sources import Source
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one photograph: seconds, bytes that the process may allocate, and px along a side."""
+    """Of one photograph: seconds, bytes that the process may allocate, a tenth of the px a side that libvips takes."""
 
     seconds: float = 600
     memory: int = 4 * 2**30
@@ -90,7 +90,7 @@ class Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         words = {
-            "VIPS_MAX_COORD": self.limits.side_px,
+            "VIPS_MAX_COORD": 10 * self.limits.side_px,
             "VIPS_CONCURRENCY": 1,
             "MALLOC_ARENA_MAX": 1,
         }

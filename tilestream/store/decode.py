@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import os
 import stat
+import struct
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pyvips
 
-MAX_MEGAPIXELS = 4096
+MAX_MEGAPIXELS, MAX_SIDE_PX = 4096, 100_000
 TURNED_IN_MEMORY = 2**26
 """Pixels up to which a photograph is turned upright in memory; larger ones in a temporary file."""
 
@@ -74,7 +77,9 @@ def damage() -> Iterator[None]:
         raise Unusable("damaged", f"cannot be decoded completely: {why}") from None
 
 
-def photograph(file: Any, max_megapixels: float = MAX_MEGAPIXELS) -> pyvips.Image:
+def photograph(
+    file: Any, max_megapixels: float = MAX_MEGAPIXELS, max_side_px: int = MAX_SIDE_PX, masked: bool = False
+) -> pyvips.Image:
     """The JPEG, PNG, TIFF or WebP photograph in an open file: 8-bit sRGB, three bands, to be read once from the top.
 
     Turned upright by its EXIF orientation, brought to sRGB by its colour profile, 16 bit reduced to 8 (the high byte,
@@ -83,8 +88,10 @@ def photograph(file: Any, max_megapixels: float = MAX_MEGAPIXELS) -> pyvips.Imag
     bad_profile, several_pages, too_large, damaged (every warning of a decoder counts).
     """
     with damage():
-        image = _open(file, max_megapixels)
+        image = _open(file, max_megapixels, max_side_px)
         if image.get_typeof("orientation") and image.get("orientation") > 1:
+            if masked:
+                raise Unusable("bad_mask", "the photograph is turned by EXIF, its masks may not be; turn both upright")
             image = _random_access(image).autorot()  # turning reads rows out of order, a stream cannot
         profile = _profile(image)
         if profile is not None:
@@ -100,14 +107,15 @@ def photograph(file: Any, max_megapixels: float = MAX_MEGAPIXELS) -> pyvips.Imag
 def mask(file: Any, height: int, width: int) -> pyvips.Image:
     """A mask of a photograph of this size: one band, 8 bit, not 0 where the lesion is. Raises Unusable (bad_mask)."""
     with damage():
-        image = _open(file, MAX_MEGAPIXELS)
+        image = _open(file, MAX_MEGAPIXELS, MAX_SIDE_PX)
         if (image.height, image.width) != (height, width):
             size = f"{image.height} x {image.width}"
             raise Unusable("bad_mask", f"a mask of {size} px for a photograph of {height} x {width} px")
-        return image.colourspace("b-w")[0].cast("uchar")
+        colours = image[: image.bands - 1] if image.hasalpha() else image
+        return (colours != 0).bandor()
 
 
-def _open(file: Any, max_megapixels: float) -> pyvips.Image:
+def _open(file: Any, max_megapixels: float, max_side_px: int) -> pyvips.Image:
     file.seek(0)
     data = file.read(12)
     loader = next((loader for magic, loader in _LOADERS.items() if data.startswith(magic)), None)
@@ -122,12 +130,35 @@ def _open(file: Any, max_megapixels: float) -> pyvips.Image:
     if image.width * image.height > max_megapixels * 1e6:
         size = f"{image.height} x {image.width} pixels"
         raise Unusable("too_large", f"{size}; the limit is {max_megapixels:g} megapixels, --max-megapixels raises it")
+    if max(image.width, image.height) > max_side_px:
+        size = f"{image.height} x {image.width} pixels"
+        raise Unusable("too_large", f"{size}; the limit is {max_side_px} px a side, --max-side raises it")
+    if loader == "tiffload_source" and _is_raw_ycbcr(file):  # libvips would take the samples for RGB
+        raise Unusable("unsupported_colourspace", "a TIFF file of uncompressed YCbCr; convert it to RGB")
     if _FORMATS.get(image.interpretation) != image.format or image.bands > 4 + (image.interpretation == "cmyk"):
         kind = f"{image.interpretation}, {image.bands} bands of {image.format}"
         raise Unusable("unsupported_colourspace", f"{kind}; grey or RGB of 8 or 16 bits is read")
     if image.get_typeof("n-pages") and image.get("n-pages") > 1:
         raise Unusable("several_pages", f"{image.get('n-pages')} pages or frames in one file")
     return image
+
+
+def _is_raw_ycbcr(file: Any) -> bool:
+    """Whether a TIFF file's first page is YCbCr (photometric 6) and not compressed as JPEG (6, 7)."""
+    data = os.pread(file.fileno(), 16, 0)
+    order, big = "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+")
+    (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    size, head, tags = (20, 8, dict[int, int]()) if big else (12, 2, dict[int, int]())
+    count = os.pread(file.fileno(), head, start)
+    if len(count) < head:
+        return False
+    entries = os.pread(
+        file.fileno(), size * min(4096, struct.unpack(order + ("Q" if big else "H"), count)[0]), start + head
+    )
+    for place in range(0, len(entries) - size + 1, size):
+        tag, _ = struct.unpack_from(order + "HH", entries, place)
+        tags[tag] = struct.unpack_from(order + "H", entries, place + size - (8 if big else 4))[0]
+    return tags.get(262) == 6 and tags.get(259) not in (6, 7)
 
 
 def _random_access(image: pyvips.Image) -> pyvips.Image:
@@ -145,8 +176,18 @@ def _profile(image: pyvips.Image) -> bytes | None:
     data = bytes(image.get("icc-profile-data"))
     if data[36:40] != b"acsp":  # libvips would take it for sRGB
         raise Unusable("bad_profile", "its colour profile is damaged")
-    srgb = image.interpretation == "srgb" and (b"sRGB" in data or b"s\0R\0G\0B" in data)
-    return None if srgb else data
+    return None if image.interpretation == "srgb" and _is_srgb(data) else data
+
+
+@cache
+def _is_srgb(profile: bytes) -> bool:
+    """Whether a profile changes no colour of a lattice by more than one level: transforming is slow, and blurs."""
+    steps = np.linspace(0, 255, 18).round().astype(np.uint8)
+    lattice = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(18, -1, 3)
+    image = pyvips.Image.new_from_array(lattice).copy(interpretation="srgb")
+    image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
+    found = _to_srgb(image).numpy().astype(int)
+    return bool(np.abs(found - lattice).max() <= 1)
 
 
 def _to_srgb(image: pyvips.Image) -> pyvips.Image:

@@ -84,7 +84,7 @@ class Files(Protocol):
     def remove(self, name: str) -> None:
         """Removes a file or a folder with all that is in it, if it is there."""
 
-    def leftovers(self) -> list[str]:
+    def leftovers(self) -> list[Entry]:
         """What writes that never finished have left."""
 
     def zarr(self, name: str) -> Any:
@@ -170,10 +170,10 @@ class Folder:
         else:
             path.unlink(missing_ok=True)
 
-    def leftovers(self) -> list[str]:
-        folders = ("", "commits", "quarantine")
+    def leftovers(self) -> list[Entry]:
+        folders = ("", "commits", "quarantine", "leases", "OME")
         found = (path for folder in folders if (self.path / folder).is_dir() for path in (self.path / folder).iterdir())
-        return [path.relative_to(self.path).as_posix() for path in found if is_temporary(path.name)]
+        return [_entry(path.relative_to(self.path).as_posix(), path) for path in found if is_temporary(path.name)]
 
     def zarr(self, name: str) -> Any:
         return self.path / name
@@ -240,7 +240,7 @@ class Bucket:
             with contextlib.suppress(FileNotFoundError):
                 self.store.delete(each)
 
-    def leftovers(self) -> list[str]:
+    def leftovers(self) -> list[Entry]:
         return []
 
     def zarr(self, name: str) -> Any:
@@ -272,6 +272,7 @@ def is_temporary(name: str) -> bool:
 def temporary(final: Path) -> Iterator[Path]:
     """A fresh name beside `final`, removed at the end if it is still there."""
     path = final.parent / f".{uuid.uuid4().hex}.tmp"
+    path.parent.mkdir(exist_ok=True)
     try:
         yield path
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Settings:
 
     format: Format = field(default_factory=Format)
     max_megapixels: float = decode.MAX_MEGAPIXELS
+    max_side_px: int = decode.MAX_SIDE_PX
 
 
 def ingest_photograph(store_path: Location, source: Source, settings: Settings = Settings()) -> dict[str, Any]:
@@ -57,9 +59,11 @@ def ingest_photograph(store_path: Location, source: Source, settings: Settings =
                 status = "committed" if won else "skipped"
                 if not won:
                     files.remove(layout.attempt_name(source.id, facts["attempt"]))
-                    facts = json.loads(files.read(name))
+                    facts = layout.read_commit(files, name)
         if facts["source_sha256"] != digest:
             raise decode.Unusable("conflicting_source", "other bytes are committed under this id already")
+        if status == "skipped" and source.masks and facts["masks"] != _mask_digests(source):
+            raise decode.Unusable("conflicting_source", "it is committed already without these masks, or with others")
     except decode.Unusable as problem:
         return quarantine(files, source, problem.reason, str(problem), digest)
     files.remove(layout.quarantine_name(source.id))
@@ -81,6 +85,8 @@ def _check_id(id: str) -> str:
     """The name of the photograph's commit. An id that fits no table (UTF-8) or no file name is a bad name."""
     try:
         id.encode()
+        if re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", id):
+            raise ValueError(f"id={id!r} holds control characters; rename the file")
         return layout.commit_name(id)
     except ValueError as error:  # UnicodeEncodeError is one
         raise decode.Unusable("bad_name", str(error)) from None
@@ -88,10 +94,17 @@ def _check_id(id: str) -> str:
 
 def _committed(files: Files, name: str) -> dict[str, Any] | None:
     try:
-        facts: dict[str, Any] = json.loads(files.read(name))
+        return layout.read_commit(files, name)
     except FileNotFoundError:
         return None
-    return facts
+
+
+def _mask_digests(source: Source) -> dict[str, str]:
+    found = {}
+    for name, path in sorted(source.masks.items()):
+        with decode.opened(path) as file:
+            found[name] = decode.digest(file)
+    return found
 
 
 def _write(files: Files, source: Source, file: Any, digest: str, settings: Settings) -> dict[str, Any]:
@@ -100,7 +113,7 @@ def _write(files: Files, source: Source, file: Any, digest: str, settings: Setti
     folder = layout.attempt_name(source.id, attempt)
     try:
         with ExitStack() as stack, decode.damage():
-            image = decode.photograph(file, settings.max_megapixels)
+            image = decode.photograph(file, settings.max_megapixels, settings.max_side_px, bool(source.masks))
             height, width = image.height, image.width
             masks = {
                 name: decode.mask(stack.enter_context(decode.opened(path)), height, width)
@@ -126,7 +139,7 @@ def _write(files: Files, source: Source, file: Any, digest: str, settings: Setti
         "levels": made.levels,
         "field_of_view": field_of_view(made.top, width / made.levels[-1][1]),
         "codec": settings.format.codec,
-        "masks": sorted(masks),
+        "masks": _mask_digests(source),
         "bytes": made.bytes,
         "files": dict(sorted(made.files.items())),
     }
@@ -146,14 +159,20 @@ def _ome_xml(number: int, facts: dict[str, Any]) -> str:
 def write_series(store_path: Location) -> None:
     """Lists all committed photographs as OME-Zarr's bioformats2raw collection has it."""
     files = layout.open_store(store_path)
+    for name, data in series(files).items():
+        files.write(name, data)
+
+
+def series(files: Files) -> dict[str, bytes]:
+    """The files of that list, by name, as the commits want them."""
     names: list[str] = []
     images: list[str] = []
     for entry in sorted(files.entries("commits"), key=lambda entry: entry.name):
-        facts = json.loads(files.read(f"commits/{entry.name}"))
+        facts = layout.read_commit(files, f"commits/{entry.name}")
         images.append(_ome_xml(len(names), facts))
         names.append(layout.attempt_name(facts["id"], facts["attempt"]))
     schema = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
     xml = f'<?xml version="1.0" encoding="UTF-8"?>\n<OME xmlns="{schema}">\n{"".join(images)}</OME>\n'
-    files.write("OME/METADATA.ome.xml", xml.encode())
     ome = {"ome": {"version": "0.5", "series": names}}
-    files.write("OME/zarr.json", layout.to_json({"zarr_format": 3, "node_type": "group", "attributes": ome}))
+    group = layout.to_json({"zarr_format": 3, "node_type": "group", "attributes": ome})
+    return {"OME/METADATA.ome.xml": xml.encode(), "OME/zarr.json": group}

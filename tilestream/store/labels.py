@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import hashlib
 import io
 import os
 import re
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tilestream.store.files import Location
-from tilestream.store.layout import open_store
+from tilestream.store.layout import open_store, to_json
 from tilestream.store.sources import stored_id
 
 FACTS = ("height", "width", "source_sha256", "low", "high", "megapixels", "bytes")
@@ -144,7 +145,9 @@ def write_labels(store_path: Location, labels: pd.DataFrame) -> None:
         {"id": ids, "label": labels["label"].astype("Int64"), "patient": patients, "eye": eyes.astype("string")}
     )
     table = table.join(labels.drop(columns=table.columns, errors="ignore"))
-    files.write("labels.parquet", table_bytes(pa.Table.from_pandas(table, preserve_index=False)))
+    data = table_bytes(pa.Table.from_pandas(table, preserve_index=False))
+    files.write("labels.parquet", data)
+    files.write("labels.json", to_json({"sha256": hashlib.sha256(data).hexdigest(), "rows": len(table)}))
 
 
 def table_bytes(table: pa.Table) -> bytes:

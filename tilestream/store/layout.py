@@ -101,6 +101,19 @@ def open_store(location: Location) -> Files:
     return files
 
 
+def read_commit(files: Files, name: str) -> dict[str, Any]:
+    """The facts of a commit. Raises FileNotFoundError, and ValueError for one that is not as it was written."""
+    data = files.read(name)
+    try:
+        facts = json.loads(data)
+        whole = facts["seal"] == seal(facts)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{files.location}: {name} is damaged; 'tilestream verify' lists what else is")
+    return dict(facts)
+
+
 def seal(facts: dict[str, Any]) -> str:
     """SHA-256 of a commit's facts, which the commit carries as `seal`."""
     rest = {name: value for name, value in facts.items() if name != "seal"}

@@ -37,7 +37,9 @@ def lease(files: Files, work: str) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(BEAT_S):
-            files.write(f"{FOLDER}/{own}.json", to_json({**holder, "beat": time.time()}))
+            with contextlib.suppress(OSError):  # the next beat may come through
+                if _read(files, own) is not None:  # or it was taken for dead, and somebody else holds the store
+                    files.write(f"{FOLDER}/{own}.json", to_json({**holder, "beat": time.time()}))
 
     thread = threading.Thread(target=beat, daemon=True)
     try:
@@ -53,13 +55,14 @@ def lease(files: Files, work: str) -> Iterator[None]:
 
 
 def _names(files: Files) -> list[str]:
-    return sorted(entry.name.removesuffix(".json") for entry in files.entries(FOLDER) if entry.name.endswith(".json"))
+    names = (entry.name.removesuffix(".json") for entry in files.entries(FOLDER))
+    return sorted(name for name in names if name.isdigit())
 
 
 def _read(files: Files, name: str) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(files.read(f"{FOLDER}/{name}.json"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # gone, or never finished
         return None
     return found
 
@@ -71,6 +74,12 @@ def _alive(holder: dict[str, Any]) -> bool:
 
 
 def _born(pid: int) -> float | None:
+    """When a process was started, in a unit of its own that setting the clock does not move."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return float(file.read().rpartition(")")[2].split()[19])
+    except OSError:
+        pass
     try:
         return round(psutil.Process(pid).create_time(), 1)
     except psutil.Error:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import mmap
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -247,6 +248,8 @@ def _write_masks(
 ) -> None:
     """Label images labels/<name>, 1 where the mask is not 0, on all levels of the photograph."""
     for name, mask in masks.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(f"mask={name!r} must be letters, digits, - and _")
         place = f"labels/{name}"
         writers = [
             ArrayWriter(files, f"{folder}/{place}/s{i}/image", format.grid(*shape, 1), way)

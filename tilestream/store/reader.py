@@ -64,7 +64,7 @@ class Store:
             table = pq.read_table(io.BytesIO(self.files.read("samples.parquet")))
             if (table.schema.metadata or {}).get(_STAMP) == stamp:
                 return _typed(table.to_pandas())
-        except FileNotFoundError:
+        except (OSError, ValueError, pa.ArrowException):  # absent, or damaged: it is made of the others anyway
             pass
         samples = self._join()
         if self.files.writable():  # a store on a read-only medium is joined anew each time
@@ -76,7 +76,7 @@ class Store:
     def commit(self, id: str) -> dict[str, Any]:
         """The facts that photograph `id` was committed with. Raises ValueError for an unknown id."""
         try:
-            facts: dict[str, Any] = json.loads(self.files.read(layout.commit_name(id)))
+            facts = layout.read_commit(self.files, layout.commit_name(id))
         except FileNotFoundError:
             near = difflib.get_close_matches(id, self.ids, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -165,7 +165,7 @@ class Store:
             return None
 
     def _join(self) -> pd.DataFrame:
-        rows = [_row(json.loads(self.files.read(f"commits/{name}"))) for name in self._records("commits")]
+        rows = [_row(layout.read_commit(self.files, f"commits/{name}")) for name in self._records("commits")]
         samples = pd.DataFrame(rows, columns=["id", *FACTS])
         labels = self.labels()
         joined = samples.astype({"id": str}).merge(labels.astype({"id": str}), on="id", how="left", validate="1:1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -12,6 +13,7 @@ import zarr
 
 from tilestream.store import layout
 from tilestream.store.files import Files, Location
+from tilestream.store.ingest import series
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,8 @@ def verify_photograph(store: Location, id: str) -> list[Damage]:
     """Compares every file of a photograph with the hash that it was committed with; names the chunks that are hit."""
     files, name = layout.open_store(store), layout.commit_name(id)
     try:
-        facts = json.loads(files.read(name))
-        whole = layout.seal(facts) == facts.get("seal")
+        facts = layout.read_commit(files, name)
     except (ValueError, FileNotFoundError):
-        whole = False
-    if not whole:
         return [Damage(id, name, "damaged", "ingest the photograph into a new store")]
     folder, found = layout.attempt_name(id, facts["attempt"]), []
     for part, want in facts["files"].items():
@@ -71,17 +70,38 @@ def _bad_chunks(files: Files, folder: str, part: str) -> str:
 
 
 def verify_tables(store: Location) -> list[Damage]:
-    """Whether the store's tables and the records of its quarantine can be read."""
+    """Whether the store's labels, its list of images and the records of its quarantine are as they were written."""
     from tilestream.store.reader import Store
 
-    found = []
-    opened = Store(store)
-    for name, read in (("labels.parquet", opened.labels), ("quarantine", opened.quarantined)):
+    files, found = layout.open_store(store), []
+    with contextlib.suppress(FileNotFoundError):  # nobody gave labels
+        want = json.loads(files.read("labels.json"))["sha256"]
         try:
-            read()
-        except Exception as error:  # pyarrow and json raise errors of many kinds
-            found.append(Damage("(all)", name, "damaged", " ".join(str(error).split())[:200]))
+            if hashlib.sha256(files.read("labels.parquet")).hexdigest() != want:
+                found.append(Damage("(all)", "labels.parquet", "damaged", "ingest --labels again"))
+        except FileNotFoundError:
+            found.append(Damage("(all)", "labels.parquet", "missing", "ingest --labels again"))
+    try:
+        Store(store).quarantined()
+    except ValueError as error:
+        found.append(Damage("(all)", "quarantine", "damaged", " ".join(str(error).split())[:200]))
+    for name in sorted(_listed(files) - {e.name.removesuffix(".json") for e in files.entries("commits")}):
+        found.append(Damage(layout.decode_id(name), f"commits/{name}.json", "missing", "the photograph was listed"))
+    with contextlib.suppress(ValueError):  # a damaged commit is told with its photograph
+        for name, data in series(files).items():
+            with contextlib.suppress(FileNotFoundError):  # an ingest that was killed has not written it
+                if files.read(name) != data:
+                    found.append(Damage("(all)", name, "damaged", "the next ingest writes it anew"))
     return found
+
+
+def _listed(files: Files) -> set[str]:
+    """The photographs that the list of images names, as encoded ids."""
+    try:
+        names = json.loads(files.read("OME/zarr.json"))["attributes"]["ome"]["series"]
+        return {str(name).split("/")[1] for name in names}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
 @dataclass(frozen=True)
@@ -101,11 +121,13 @@ def collect(store: Location, older_s: float = 900) -> Garbage:
     """
     files = layout.open_store(store)
     removed, size, young = [], 0, 0
+    listed = _listed(files)  # a commit that got lost is verify's to tell: its attempt stays
     for folder in files.folders("images"):
         try:
             kept = json.loads(files.read(f"commits/{folder}.json"))["attempt"]
         except (FileNotFoundError, ValueError, LookupError):  # a damaged commit is verify's to tell: its attempt stays
-            kept = "" if f"{folder}.json" not in {e.name for e in files.entries("commits")} else None
+            lost = folder in listed or f"{folder}.json" in {e.name for e in files.entries("commits")}
+            kept = None if lost else ""
         for attempt in files.folders(f"images/{folder}"):
             if kept is None or attempt == kept:
                 continue
@@ -118,7 +140,8 @@ def collect(store: Location, older_s: float = 900) -> Garbage:
             size += sum(entry.bytes for entry in tree)
         if not files.folders(f"images/{folder}"):
             files.remove(f"images/{folder}")
-    for name in files.leftovers():
-        files.remove(name)
-        removed.append(name)
+    for entry in files.leftovers():
+        if time.time() - entry.modified >= older_s:
+            files.remove(entry.name)
+            removed.append(entry.name)
     return Garbage(removed, size, young)
