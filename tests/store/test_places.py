@@ -160,6 +160,14 @@ def test_damage_beside_the_photographs_is_named(place: str, photograph: Source) 
     assert verify_photograph(place, "a b") == []
 
 
+def test_a_bucket_that_is_not_there(bucket: str) -> None:
+    with pytest.raises(
+        ConnectionError, match=r"s3://nobody-has-this/store.zarr cannot be listed; check bucket"
+    ) as caught:
+        create_store("s3://nobody-has-this/store.zarr")
+    assert len(str(caught.value)) < 500
+
+
 def test_a_lease_that_is_no_record_holds_nothing(place: str) -> None:
     create_store(place)
     files = open_store(place)

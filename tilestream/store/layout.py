@@ -60,7 +60,7 @@ def create_store(location: Location) -> Path | str:
     if isinstance(place, Path):
         if not (place / "zarr.json").exists():
             _make_folders(place)
-    elif not _is_group(files) and (files.folders("") or files.entries("")):
+    elif not _is_group(files) and _is_used(files):
         raise ValueError(f"path={place!r} is not a store and not empty; give a new URL")
     if not _is_group(files):
         attributes = {"tilestream": {"store": FORMAT}, "ome": {"version": "0.5", "bioformats2raw.layout": 3}}
@@ -77,6 +77,14 @@ def _make_folders(root: Path) -> None:
         raise ValueError(f"path={str(root)!r} is not a store and not an empty folder; give a new path")
     for folder in ours:
         (root / folder).mkdir(exist_ok=True)
+
+
+def _is_used(files: Files) -> bool:
+    try:
+        return bool(files.folders("") or files.entries(""))
+    except Exception as error:  # an object store's own, which tells all that it tried
+        why = " ".join(str(error).split()).partition("Debug source")[0][:300]
+        raise ConnectionError(f"{files.location} cannot be listed; check bucket, keys and endpoint: {why}") from None
 
 
 def _is_group(files: Files) -> bool:
