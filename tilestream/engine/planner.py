@@ -77,7 +77,9 @@ class Planner:
     def plan(self, memory: int | None, tile: int | None) -> Plan:
         """Within `memory` bytes; or one segment (or one a level) of tiles of `tile` px. ValueError if none will do."""
         if tile is not None:
-            return self._plan([self._fixed(segment, tile) for segment in segments(self.network, ())], None)
+            parts = segments(self.network, ())
+            stride = math.lcm(*(side for part in parts for side in part.stride(part.owned)))
+            return self._plan([self._fixed(part, tile, stride) for part in parts], None)
         assert memory is not None
         room, kernels, best = memory - self.result_bytes, 0, None
         for _ in range(4):  # what oneDNN keeps is known only with the tiles
@@ -125,8 +127,7 @@ class Planner:
         plan = SegmentPlan(segment.start, segment.stop, size, back, max(p.tile_bytes for p in parts))
         return Choice(plan, seconds, flops, sum(p.kernel_bytes for p in parts))
 
-    def _fixed(self, segment: Segment, tile: int) -> Choice:
-        stride = math.lcm(*segment.stride(segment.owned))
+    def _fixed(self, segment: Segment, tile: int, stride: int) -> Choice:
         if tile < 1 or tile % stride:
             use = math.ceil(max(tile, 1) / stride) * stride
             raise ValueError(f"tile={tile} px must be a multiple of the stride {stride}; use {use}")
