@@ -87,6 +87,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def report(rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Prints a line a row; writes them with the machine's description where asked."""
+    for row in rows:
+        print("  ".join(f"{name} {v:.3f}" if isinstance(v, float) else str(v) for name, v in row.items()))
+    if out:
+        out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2))
+
+
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 

@@ -12,7 +12,6 @@ that is not counted.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import subprocess
@@ -53,14 +52,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         rows = [{"variant": name, "seconds_each": call()} for name, call in variants.items()]
         for row in rows:
             row["of_floor"] = rows[0]["seconds_each"] / row["seconds_each"]
-    for row in rows:
-        print(
-            "  ".join(f"{name} {value:.3f}" if isinstance(value, float) else str(value) for name, value in row.items())
-        )
-    if options.out:
-        from engine import machine  # its neighbour
+    from engine import report  # its neighbour, which imports torch
 
-        options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2))
+    report(rows, options.out)
     return rows
 
 

@@ -9,7 +9,6 @@ JPEG file by libvips. One core; medians of `--crops` places a photograph.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -32,14 +31,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(arguments)
     paths = sorted(path for path in options.folder.iterdir() if path.is_file())[: options.count]
     rows = [measure(codec, paths, options.crops) for codec in CODECS]
-    for row in rows:
-        print(
-            "  ".join(f"{name} {value:.3f}" if isinstance(value, float) else str(value) for name, value in row.items())
-        )
-    if options.out:
-        from engine import machine  # its neighbour
+    from engine import report  # its neighbour, which imports torch
 
-        options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2))
+    report(rows, options.out)
     return rows
 
 

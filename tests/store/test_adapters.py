@@ -7,6 +7,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tilestream.store import Store, ingest_photograph, write_labels
+from tilestream.store import Source, Store, ingest_photograph, write_labels
 from tilestream.store.adapters import Adapter, Collection, read_collection
 from tilestream.store.labels import Columns
 
@@ -468,3 +469,15 @@ def test_masks_and_columns_reach_the_store(folder: Path, store: Path, noise: Cal
     assert samples["label"].tolist() == [2, pd.NA]
     assert samples["patient"].tolist() == ["IDRiD_102", "IDRiD_02"]
     assert stored.labels()["MA_pixels"].tolist() == [6, 9]
+
+
+def test_masks_of_a_photograph_turned_by_exif_are_refused(
+    folder: Path, store: Path, noise: Callable[..., np.ndarray]
+) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(noise()).save(folder / "a.jpg", exif=exif)
+    Image.fromarray(noise(channels=1)).save(folder / "m.png")
+    source = Source("a", str(folder / "a.jpg"))
+    assert ingest_photograph(store, replace(source, masks={"MA": str(folder / "m.png")}))["reason"] == "bad_mask"
+    assert ingest_photograph(store, source)["status"] == "committed"

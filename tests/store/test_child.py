@@ -48,6 +48,20 @@ def test_one_process_takes_one_photograph_after_the_other(
     np.testing.assert_array_equal(Store(store).image("a")[...], noise(2000, 3000).transpose(2, 0, 1))
 
 
+def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(
+    store: Path, folder: Path, source: Source, noise: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(child.select, "select", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ingest_guarded(str(store), source, Settings(), Limits())
+    Image.fromarray(noise(seed=7)).save(folder / "b.png")
+    assert ingest_guarded(str(store), Source("b", str(folder / "b.png")), Settings(), Limits())["id"] == "b"
+
+
 def test_what_takes_too_long(store: Path, source: Source) -> None:
     started = time.monotonic()
     result = ingest_guarded(str(store), source, Settings(), Limits(seconds=0.2))

@@ -99,7 +99,7 @@ def test_any_id_stays_in_its_folder(store: Path, source: Source, id: str) -> Non
     assert Store(store).image(id).shape == (3, 70, 90)
 
 
-@pytest.mark.parametrize("id", ["n" * 201, "\udcff", ""])
+@pytest.mark.parametrize("id", ["n" * 201, "\udcff", "", "a\x07", "a\x1fb"])
 def test_ids_that_fit_no_file_or_table(store: Path, source: Source, id: str) -> None:
     assert ingest_photograph(store, Source(id, source.path))["reason"] == "bad_name"
     assert Store(store).quarantined()["id"].tolist() == [id]

@@ -150,6 +150,11 @@ def test_damage_beside_the_photographs_is_named(place: str, photograph: Source) 
     files.write("OME/zarr.json", series.replace(b'"0.5"', b'"0.6"'))
     assert [damage.file for damage in verify_tables(place)] == ["labels.parquet", "OME/zarr.json"]
     files.write("OME/zarr.json", series)
+    record = files.read("labels.json")
+    for text in (b"{", b"[]", b"{}"):
+        files.write("labels.json", text)
+        assert [damage.file for damage in verify_tables(place)] == ["labels.json"]
+    files.write("labels.json", record)
     files.remove("labels.parquet")
     commit = files.read("commits/a%20b.json")
     files.remove("commits/a%20b.json")
@@ -171,7 +176,8 @@ def test_a_bucket_that_is_not_there(bucket: str) -> None:
 def test_a_lease_that_is_no_record_holds_nothing(place: str) -> None:
     create_store(place)
     files = open_store(place)
-    files.write("leases/000003.json", b"")
+    for name, text in enumerate((b"[1]", b"{}", b""), start=1):
+        files.write(f"leases/00000{name}.json", text)
     files.write("leases/notes.json", b"{}")
     with lease(files, "gc"):
         assert "000004.json" in {entry.name for entry in files.entries("leases")}
@@ -222,6 +228,25 @@ def test_orphans_are_collected(place: str, photograph: Source, monkeypatch: pyte
     assert files.folders("images/a%20b") == [committed]
     assert files.folders("images") == ["a%20b"]
     assert verify_photograph(place, "a b") == []
+
+
+def test_files_never_finished_are_collected_once_they_are_old(store: Path) -> None:
+    half = store / "commits" / ".a.json.1.tmp"
+    half.write_text("{")
+    assert collect(store, older_s=900).removed == []
+    os.utime(half, (0, 0))
+    assert collect(store, older_s=900).removed == ["commits/.a.json.1.tmp"]
+
+
+def test_a_store_without_its_empty_folders_is_one(store: Path, photograph: Source) -> None:
+    """Copying by tools that know only files, as object stores do, leaves them out."""
+    for folder in [path for path in store.iterdir() if path.is_dir() and not any(path.iterdir())]:
+        folder.rmdir()
+    assert (Store(store).ids, verify_tables(store)) == ([], [])
+    assert ingest_photograph(store, photograph)["status"] == "committed"
+    with lease(open_store(store), "gc"):
+        assert collect(store).removed == []
+    assert verify_photograph(store, "a b") == []
 
 
 def test_a_folder_that_is_not_a_store(place: str) -> None:

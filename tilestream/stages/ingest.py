@@ -55,7 +55,7 @@ class IngestConfig(StageConfig):
     codec: Literal["zstd", "lz4", "jpegxl"] = Field("zstd", description="lossless compression; jpegxl is an extra")
     max_megapixels: float = Field(4096, gt=0, description="larger photographs are quarantined")
     max_side: int = Field(100_000, ge=1, description="photographs with a longer side, in px, are quarantined")
-    time_limit: float = Field(600, gt=0, description="seconds for one photograph")
+    time_limit: float = Field(600, gt=0, le=1e6, allow_inf_nan=False, description="seconds for one photograph")
     memory_limit: ByteSize = Field(ByteSize(4 * 2**30), description="bytes that one photograph may take while read")
 
 

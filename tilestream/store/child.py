@@ -87,6 +87,9 @@ class Child:
             self.end()
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with status {code}"
             raise EOFError(how) from None
+        except BaseException:  # Ctrl-C: an answer that nobody has read must not be taken for the next one's
+            self.end()
+            raise
 
     def _start(self) -> subprocess.Popen[bytes]:
         words = {

@@ -18,6 +18,7 @@ from tilestream.store.layout import to_json
 
 BEAT_S, EXPIRES_S = 10.0, 60.0
 FOLDER = "leases"
+_FIELDS = {"work", "host", "pid", "born", "beat"}
 
 
 @contextlib.contextmanager
@@ -27,7 +28,6 @@ def lease(files: Files, work: str) -> Iterator[None]:
     Leases are numbered files; the next number is made exclusively once all others are released or expired.
     """
     number = 1 + max([0, *(int(name) for name in _names(files))])
-    _refuse(files, work, own="")
     holder = {"work": work, "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
     own = f"{number:06d}"
     if not files.create(f"{FOLDER}/{own}.json", to_json({**holder, "beat": time.time()})):
@@ -61,10 +61,10 @@ def _names(files: Files) -> list[str]:
 
 def _read(files: Files, name: str) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(files.read(f"{FOLDER}/{name}.json"))
+        found = json.loads(files.read(f"{FOLDER}/{name}.json"))
     except (FileNotFoundError, ValueError):  # gone, or never finished
         return None
-    return found
+    return found if isinstance(found, dict) and found.keys() >= _FIELDS else None
 
 
 def _alive(holder: dict[str, Any]) -> bool:

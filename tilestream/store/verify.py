@@ -75,9 +75,13 @@ def verify_tables(store: Location) -> list[Damage]:
 
     files, found = layout.open_store(store), []
     with contextlib.suppress(FileNotFoundError):  # nobody gave labels
-        want = json.loads(files.read("labels.json"))["sha256"]
         try:
-            if hashlib.sha256(files.read("labels.parquet")).hexdigest() != want:
+            want = json.loads(files.read("labels.json"))["sha256"]
+        except (ValueError, LookupError, TypeError):
+            want = None
+            found.append(Damage("(all)", "labels.json", "damaged", "ingest --labels again"))
+        try:
+            if want and hashlib.sha256(files.read("labels.parquet")).hexdigest() != want:
                 found.append(Damage("(all)", "labels.parquet", "damaged", "ingest --labels again"))
         except FileNotFoundError:
             found.append(Damage("(all)", "labels.parquet", "missing", "ingest --labels again"))
