@@ -21,7 +21,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {
     "geometry": set(),
-    "cluster": {"dask", "distributed", "rich", "bokeh", "tornado"},
+    "cluster": {"dask", "distributed", "dask_cuda", "rich", "bokeh", "tornado"},
 }
 """Packages whose outside imports are limited as well: geometry is standard library only, cluster never names torch."""
 

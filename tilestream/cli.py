@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Sequence
+import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +36,48 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")]
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="the data set: a folder, or a URL")]
 
 
+STOP_S = 25.0
+"""After a first signal to stop the process ends itself by force."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM has come: what is finished is kept, and the process ends with 128 + the signal's number."""
+
+
+@contextmanager
+def stoppable() -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM raises Stopped in the main thread, a second one ends the process at once."""
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        timer = threading.Timer(STOP_S, os._exit, [128 + number])
+        timer.daemon = True
+        timer.start()
+        raise Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            if not received:
+                signal.signal(number, handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: 0, 1 when the run failed, 2 for bad input, 130 when interrupted."""
+    """Runs the command line and exits: 0, 1 when the run failed, 2 for bad input, 130 or 143 when told to stop."""
+    with stoppable() as received:
+        status = _main(arguments, received)
+    sys.exit(status)
+
+
+def _main(arguments: Sequence[str] | None, received: list[int]) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     console = Console(stderr=True, soft_wrap=True)
@@ -42,15 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if status == 130:  # Ctrl-C, which typer has caught
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        console.print("tilestream: interrupted; --resume continues", highlight=False)
-        status = 130
+        name = signal.Signals(received[0]).name if received else "SIGINT"
+        console.print(f"tilestream: stopped by {name}; --resume continues", highlight=False)
+        status = 128 + (received[0] if received else signal.SIGINT)
     except Exception as error:
         if debug:
             console.print_exception()
         status, text = _explain(error)
         if text:
             console.print(f"tilestream: {text}", highlight=False, markup=False)
-    sys.exit(status)
+    return status
 
 
 def _explain(error: Exception) -> tuple[int, str]:
@@ -71,14 +117,15 @@ def options(model: type[BaseModel], hide: frozenset[str] = frozenset()) -> list[
     for name, field in model.model_fields.items():
         if name in hide:
             continue
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{name.removeprefix('as_').replace('_', '-')}"
         said = "(default" in str(field.description)
         quiet = said or field.is_required() or field.default_factory or field.default in (None, "")
         choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
         among = f" ({', '.join(map(str, choices))})" if choices else ""
         text = f"{field.description or ''}{among}" + ("" if quiet else f" (default: {field.default})")
         kind: Any = bool | None if field.annotation is bool else str | None
-        names = [f"{flag}/--no-{flag[2:]}"] if field.annotation is bool else [flag]
+        switch = field.annotation is bool
+        names = [f"{flag}/--no-{flag[2:]}"] if switch and not name.startswith("as_") else [flag]
         option = typer.Option(*names, help=text, show_default=False)
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
@@ -148,7 +195,7 @@ def _stage_command(verb: str) -> None:
 
 
 @app.command()
-@with_options(stages.STAGES["synth"].config, ClusterConfig, hide=("folder", "memory"))
+@with_options(stages.STAGES["synth"].config, ClusterConfig, hide=("folder", "memory", "device"))
 def synth(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to fill")], *, values: dict[str, Any]
 ) -> None:
@@ -159,7 +206,7 @@ def synth(
 
 
 @app.command()
-@with_options(stages.STAGES["ingest"].config, ClusterConfig, hide=("folder", "memory"))
+@with_options(stages.STAGES["ingest"].config, ClusterConfig, hide=("folder", "memory", "device"))
 def ingest(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder with the photographs")],
     store: StorePath,
@@ -186,7 +233,7 @@ def info(store: StorePath, as_json: Annotated[bool, typer.Option("--json", help=
 
 
 @app.command()
-@with_options(ClusterConfig, hide=("memory", "threads"))
+@with_options(ClusterConfig, hide=("memory", "threads", "device", "as_json"))
 def verify(
     store: StorePath,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
@@ -208,6 +255,22 @@ def gc(
 ) -> None:
     """Removes what killed runs of ingest have left in a store."""
     stages.clear(Context(Path(), store), older)
+
+
+@app.command()
+@with_options(ClusterConfig, hide=[n for n in ClusterConfig.model_fields if n != "scheduler" and "tls_" not in n])
+def dashboard(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="folder of a run that goes on")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="in the web browser")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    *,
+    values: dict[str, Any],
+) -> None:
+    """Prints the address of the page on which a run, or the cluster at --scheduler, is watched."""
+    page = stages.page_of(run, configured(ClusterConfig, values))
+    print(json.dumps({"page": page, "json": f"{page}.json"}) if as_json else page)
+    if open_:
+        webbrowser.open(page)
 
 
 @app.command()

@@ -83,7 +83,7 @@ def test_joining_leaves_the_cluster_as_it_was(client: Client) -> None:
     "address",
     [
         "tcp://127.0.0.1:1",
-        "no-port",
+        "127.0.0.1",
         "",
         "tcp://",
         "http://127.0.0.1:1",

@@ -158,7 +158,7 @@ def test_timings_name_every_stage(made):
 
 
 def test_nothing_unfinished_is_left(made):
-    assert not list((made.run / "journal").glob("*.partial"))
+    assert not list((made.run / "journal").glob("*.partial*"))
     assert not [path for path in made.run.rglob("*") if path.name.endswith(".tmp")]
     assert not list((made.run / "journal").glob("*.npy"))
 

@@ -4,9 +4,26 @@ The package knows neither images nor torch: it is handed callables. A `Reduction
 one result, a `Job` names it, and `run` keeps a window of jobs in flight on a client or on a local scheduler.
 """
 
-from .connect import connect, dashboard_link
-from .progress import Progress, progress
-from .reduction import Reduction, graph
-from .run import Job, run
+from .connect import GPU, connect, dashboard_link, prepared
+from .progress import Progress, progress, tell
+from .reduction import Reduction, graph, tile_done
+from .run import Job, Poison, run
+from .security import LOOPBACK, Tls
 
-__all__ = ["Job", "Progress", "Reduction", "connect", "dashboard_link", "graph", "progress", "run"]
+__all__ = [
+    "GPU",
+    "LOOPBACK",
+    "Job",
+    "Poison",
+    "Progress",
+    "Reduction",
+    "Tls",
+    "connect",
+    "dashboard_link",
+    "graph",
+    "prepared",
+    "progress",
+    "run",
+    "tell",
+    "tile_done",
+]

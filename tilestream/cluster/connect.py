@@ -8,12 +8,20 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
 from urllib.parse import urlsplit
 
+import dask
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Worker, WorkerPlugin
+from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin
 
-_LOOPBACK = "127.0.0.1"
+from .security import LOOPBACK, Tls, check_address, check_host, check_listeners
+
+GPU = "GPU"
+"""The resource that a worker with a GPU offers: a task on it takes one."""
+WORKER_TTL = "60 s"
+"""A worker of a new cluster that has not been heard of for so long (it is stopped, its machine is gone) is given up."""
 
 
 class _Setup(WorkerPlugin):
@@ -38,15 +46,21 @@ def connect(
     workers: int | None = None,
     threads: int = 1,
     memory_limit: str | float | None = "auto",
+    gpus: bool = False,
+    host: str = LOOPBACK,
+    tls: Tls = Tls(),  # noqa: B008, frozen
     setup: Sequence[Callable[[], None]] = (),
+    say: Callable[[str], None] = print,
     timeout_s: float = 10.0,
 ) -> Iterator[Client]:
     """A client of a new cluster on this machine (`scheduler` None) or of the one at an address; closed on leaving.
 
     A new cluster has `workers` processes (default: one a core) with `threads` task threads each and `memory_limit`
-    bytes (or "4 GiB"; "auto" shares the machine's memory out) a process. It listens on loopback only, and its scratch
-    folder goes with it. Of a cluster that is joined, `workers` says for how many to wait (default 1), `threads` and
-    `memory_limit` are its own affair, and leaving closes only the client.
+    bytes (or "4 GiB"; "auto" shares the machine's memory out) a process. It listens on loopback, or on `host` if `tls`
+    encrypts; its dashboard on loopback only; and its scratch folder goes with it. With `gpus` it is a LocalCUDACluster
+    of dask-cuda, a process a GPU. Of a cluster that is joined, `workers` says for how many to wait (default 1),
+    `threads` and `memory_limit` are its own affair, and leaving closes only the client; it is refused if it speaks in
+    the clear beyond its machine, and `say` gets a warning if its dashboard does.
 
     An exception that leaves the context kills a new cluster's workers: their tasks are not waited for.
 
@@ -54,24 +68,39 @@ def connect(
     must pickle. Inside the context the client is Dask's current one.
 
     Raises ConnectionError when `timeout_s` seconds bring no scheduler at the address, or no workers; ValueError for
-    fewer than one worker or thread. What a `setup` callable raises is raised here.
+    fewer than one worker or thread, and for what would be neither on loopback nor encrypted. What a `setup` callable
+    raises is raised here.
     """
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if local := scheduler is None:
-        opened = _start(workers, threads, memory_limit)
+    security = tls.security()
+    if scheduler is None:
+        check_host(host, security)
+        opened = _start(workers, threads, memory_limit, gpus, {"host": host, "security": security})
     else:
-        opened = _join(scheduler, workers or 1, timeout_s)
-    with opened as client:
-        name = f"tilestream-setup-{uuid.uuid4().hex}"
-        client.register_plugin(_Setup(setup, ignore_interrupt=local), name=name)
-        try:
-            yield client
-        finally:
-            if not local and client.status == "running":  # workers that join after we have left are not ours to set up
-                with suppress(OSError):
-                    client.unregister_worker_plugin(name)
+        if tls.temporary:
+            raise ValueError("tls makes credentials for a new cluster; to join one give tls_ca, tls_cert and tls_key")
+        check_address(scheduler, security)
+        opened = _join(scheduler, workers or 1, timeout_s, security, say)
+    with opened as client, prepared(client, setup, ignore_interrupt=scheduler is None):
+        yield client
+
+
+@contextmanager
+def prepared(client: Client, setup: Sequence[Callable[[], None]], *, ignore_interrupt: bool = False) -> Iterator[None]:
+    """Runs callables in every worker process, before its next task, in those that join meanwhile too.
+
+    What one of them raises is raised here.
+    """
+    name = f"tilestream-setup-{uuid.uuid4().hex}"
+    client.register_plugin(_Setup(setup, ignore_interrupt=ignore_interrupt), name=name)
+    try:
+        yield
+    finally:
+        if client.status == "running":  # workers that join after we have left are not ours to set up
+            with suppress(OSError, TimeoutError):
+                client.unregister_worker_plugin(name)
 
 
 def dashboard_link(client: Client) -> str:
@@ -81,26 +110,30 @@ def dashboard_link(client: Client) -> str:
     """
     port = client.scheduler_info(n_workers=0)["services"]["dashboard"]
     link = urlsplit(client.dashboard_link)
-    return f"{link.scheme}://{_LOOPBACK}:{port}{link.path}"
+    return f"{link.scheme}://{LOOPBACK}:{port}{link.path}"
 
 
 @contextmanager
-def _start(workers: int | None, threads: int, memory_limit: str | float | None) -> Iterator[Client]:
+def _start(
+    workers: int | None, threads: int, memory_limit: str | float | None, gpus: bool, place: dict[str, Any]
+) -> Iterator[Client]:
+    if workers is None and not gpus:
+        workers = CPU_COUNT
     # left out, "auto" divides by the number of workers; handed over, by threads per core, which starves a lone worker
     limit = {} if memory_limit == "auto" else {"memory_limit": memory_limit}
     with (
         tempfile.TemporaryDirectory(prefix="tilestream-", ignore_cleanup_errors=True) as folder,
+        dask.config.set({"distributed.scheduler.worker-ttl": WORKER_TTL}),
         ExitStack() as quiet,
-        LocalCluster(
-            n_workers=workers or CPU_COUNT,
-            threads_per_worker=threads,
-            processes=True,
-            host=_LOOPBACK,
-            dashboard_address=f"{_LOOPBACK}:0",
+        _kind(gpus)(
+            n_workers=workers,
+            threads_per_worker=1 if gpus else threads,
+            dashboard_address=f"{LOOPBACK}:0",
             local_directory=folder,
+            **place,
             **limit,
         ) as cluster,
-        Client(cluster, set_as_default=False) as client,
+        Client(cluster, set_as_default=False, security=place["security"]) as client,
     ):
         try:
             yield client
@@ -114,10 +147,24 @@ def _start(workers: int | None, threads: int, memory_limit: str | float | None) 
             raise
 
 
+def _kind(gpus: bool) -> Callable[..., LocalCluster]:
+    if not gpus:
+        return LocalCluster  # type: ignore[no-any-return]
+    try:
+        from dask_cuda import LocalCUDACluster
+    except ImportError:
+        raise ValueError("device='cuda' needs dask-cuda for a cluster on this machine; pip install 'tilestream[gpu]', "
+                         "or device='cpu'") from None  # fmt: skip
+    return partial(LocalCUDACluster, resources={GPU: 1})
+
+
 @contextmanager
-def _join(scheduler: str, workers: int, timeout_s: float) -> Iterator[Client]:
-    with ExitStack() as quiet, _reach(scheduler, timeout_s) as client:
+def _join(
+    scheduler: str, workers: int, timeout_s: float, security: Security | None, say: Callable[[str], None]
+) -> Iterator[Client]:
+    with ExitStack() as quiet, _reach(scheduler, timeout_s, security) as client:
         _wait_for_workers(client, scheduler, workers, timeout_s)
+        check_listeners(client, say)
         try:
             yield client
         finally:
@@ -125,9 +172,9 @@ def _join(scheduler: str, workers: int, timeout_s: float) -> Iterator[Client]:
                 _silence(quiet)
 
 
-def _reach(scheduler: str, timeout_s: float) -> Client:
+def _reach(scheduler: str, timeout_s: float, security: Security | None) -> Client:
     try:
-        return Client(scheduler, timeout=timeout_s, set_as_default=False)
+        return Client(scheduler, timeout=timeout_s, set_as_default=False, security=security)
     except Exception as error:  # a bad address raises ValueError, a missing transport ImportError, a silence OSError
         reason = str(error).partition("\n")[0]
     raise ConnectionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +58,21 @@ def graph(reduction: Reduction, name: str, tick: Callable[[], None] | None = Non
     """The reduction as a lazy Dask value, computed by any of Dask's schedulers.
 
     `name` must be unique on the scheduler for as long as the result is wanted. Keys begin with tile-, piece-, cell- and
-    image-, by which the dashboard groups them. `tick` is called after each part, where it ran.
+    image-, by which the dashboard groups them. `tick` is called where a part ran, after it or by `tile_done` within.
     """
     tasks: dict[Any, Task] = {}
     return Delayed(_add(tasks, reduction, name, tick), tasks)
+
+
+_running = threading.local()
+
+
+def tile_done() -> None:
+    """Called by a `map` whose part holds several tiles after each of them: progress is told tile by tile."""
+    tick = getattr(_running, "tick", None)
+    if tick is not None:
+        _running.told = True
+        tick()
 
 
 def _add(tasks: dict[Any, Task], reduction: Reduction, name: str, tick: Callable[[], None] | None) -> str:
@@ -71,19 +83,9 @@ def _add(tasks: dict[Any, Task], reduction: Reduction, name: str, tick: Callable
     # "@" ends the prefix that Dask shows: letters alone after the hyphen would make a group for each name
     tile, piece, cell, image = (f"{prefix}-@{name}" for prefix in ("tile", "piece", "cell", "image"))
     prelude = [TaskRef(_add(tasks, reduction.prelude, f"{name}/prelude", tick))] if reduction.prelude else []
-    if len(reduction.parts) == len(reduction.routes) == 1:  # one task instead of three that wait for each other's turn
-        [target] = reduction.routes
-        add(
-            image,
-            _single,
-            reduction.map,
-            reduction.combine,
-            reduction.finalize,
-            tick,
-            target,
-            *reduction.parts,
-            *prelude,
-        )
+    if len(reduction.parts) == 1:  # one task instead of several that wait for each other's turn
+        steps = (reduction.map, reduction.combine, reduction.finalize)
+        add(image, _single, *steps, tick, tuple(sorted(reduction.routes)), *reduction.parts, *prelude)
         return image
     destinations: list[list[int]] = [[] for _ in reduction.parts]
     for destination in sorted(reduction.routes):
@@ -112,10 +114,14 @@ def _map(
     *prelude: Any,
 ) -> Any:
     """{destination: piece}, or the piece alone when there is one destination."""
-    pieces = function(part, *prelude)
+    _running.tick, _running.told = tick, False
+    try:
+        pieces = function(part, *prelude)
+    finally:
+        _running.tick = None
     if sorted(pieces) != list(targets):
         raise ValueError(f"map returned pieces for destinations {sorted(pieces)}, routes want {list(targets)}")
-    if tick is not None:
+    if tick is not None and not _running.told:
         tick()
     return pieces if len(targets) > 1 else pieces[targets[0]]
 
@@ -125,10 +131,12 @@ def _single(
     combine: Callable[[int, list[Any]], Any],
     finalize: Callable[[list[Any]], Any],
     tick: Callable[[], None] | None,
-    target: int,
+    targets: tuple[int, ...],
     *arguments: Any,
 ) -> Any:
-    return finalize([combine(target, [_map(function, tick, (target,), *arguments)])])
+    made = _map(function, tick, targets, *arguments)
+    pieces = made if len(targets) > 1 else {targets[0]: made}
+    return finalize([combine(target, [pieces[target]]) for target in targets])
 
 
 def _extract(pieces: Mapping[int, Any], target: int) -> Any:

@@ -4,10 +4,10 @@ Order is (y, x), boxes are half-open, nothing is clamped or rounded without bein
 """
 
 from .axis import Axis, Interval, Pixel, Sliding, Table, Transposed
-from .plan import Plan, SegmentPlan, Tile, TilePlan, tile_regions
+from .plan import GRANULARITIES, Granularity, Plan, SegmentPlan, Tile, TilePlan, tile_regions
 from .region import Extent, Region, interior
 
 __all__ = [
-    "Axis", "Extent", "Interval", "Pixel", "Plan", "Region", "SegmentPlan", "Sliding", "Table", "Tile", "TilePlan",
-    "Transposed", "interior", "tile_regions",
+    "GRANULARITIES", "Axis", "Extent", "Granularity", "Interval", "Pixel", "Plan", "Region", "SegmentPlan", "Sliding",
+    "Table", "Tile", "TilePlan", "Transposed", "interior", "tile_regions",
 ]  # fmt: skip

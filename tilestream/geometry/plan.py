@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .region import Extent, Region
+
+Granularity = Literal["image", "band", "tile"]
+"""What one task computes: all tiles of an image, a row of them, or one."""
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,32 @@ class TilePlan:
         """`routes` the other way: for each tile the cells that its window touches."""
         return self._meeting("window", "cell")
 
+    def groups(self, granularity: Granularity) -> tuple[range, ...]:
+        """Indices of the tiles of each task, ascending. Grouping changes no bit of a result."""
+        size = {"image": len(self.tiles), "band": self.columns, "tile": 1}[granularity]
+        return tuple(range(start, start + size) for start in range(0, len(self.tiles), size))
+
+    def exchanged_px(self, groups: tuple[range, ...]) -> int:
+        """Pixels of gradient that one group computes for cells of another: the strips that overlap."""
+        group_of = {index: number for number, group in enumerate(groups) for index in group}
+        return sum(
+            tile.window.intersect(self.tiles[cell].cell).area
+            for tile in self.tiles
+            for cell in self.targets[tile.index]
+            if group_of[cell] != group_of[tile.index]
+        )
+
+    @property
+    def columns(self) -> int:
+        """Tiles in a row of them."""
+        return sum(tile.output.y0 == self.tiles[0].output.y0 for tile in self.tiles)
+
     def _meeting(self, mine: str, others: str) -> dict[int, tuple[int, ...]]:
         """For each tile whose `mine` is not empty the tiles, ascending, whose `others` meet it.
 
         Tiles lie on a grid, where boxes meet if their rows and their columns do: no need to try all pairs of tiles.
         """
-        columns = sum(tile.output.y0 == self.tiles[0].output.y0 for tile in self.tiles)
+        columns = self.columns
         row, column = self.tiles[:columns], self.tiles[::columns]
         ys = _meets([getattr(t, mine) for t in column], [getattr(t, others) for t in column], 0)
         xs = _meets([getattr(t, mine) for t in row], [getattr(t, others) for t in row], 1)

@@ -1,6 +1,7 @@
 """The steps of a run, one file each: a configuration in, artefacts in the run's folder out; and pipelines of them."""
 
 from .base import ClusterConfig, Context, Stage, StageConfig, parse
+from .dashboard import page_of
 from .pipeline import STAGES, Pipeline, find, load, run_pipeline
 from .plan import plan_text
 from .runner import execute
@@ -17,6 +18,7 @@ __all__ = [
     "execute",
     "find",
     "load",
+    "page_of",
     "parse",
     "plan_text",
     "run_pipeline",

@@ -6,19 +6,21 @@ import difflib
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from distributed import Client
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from tilestream.cluster import connect, dashboard_link
+from tilestream.cluster import GPU, LOOPBACK, Tls, connect, dashboard_link
+from tilestream.cluster.dashboard import install
 from tilestream.store import Store, is_url
 
 
@@ -37,6 +39,22 @@ class ClusterConfig(StageConfig):
     )
     threads: int = Field(1, ge=1, description="torch threads a worker; another number changes last bits")
     memory: ByteSize = Field(ByteSize(2 * 2**30), description="budget of a tile task, like 800MiB (default: 2GiB)")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where networks run; auto: GPUs that the workers offer, or those of this machine"
+    )
+    host: str = Field(LOOPBACK, description="address that a new cluster listens on; another needs TLS")
+    tls: bool = Field(False, description="encrypt a new cluster's connections with credentials made for it")
+    tls_ca: Path | None = Field(None, description="file of the authority, PEM, for TLS with permanent credentials")
+    tls_cert: Path | None = Field(None, description="file of the certificate, PEM")
+    tls_key: Path | None = Field(None, description="file of its key, PEM")
+    stall_timeout: float = Field(
+        600, gt=0, le=1e6, allow_inf_nan=False, description="seconds without a tile done until workers are restarted"
+    )
+    as_json: bool = Field(False, description="progress and messages as JSON lines on standard output, for machines")
+
+    @property
+    def encryption(self) -> Tls:
+        return Tls(self.tls, self.tls_ca, self.tls_cert, self.tls_key)
 
 
 @dataclass
@@ -52,12 +70,19 @@ class Context:
     resume: bool = False
     name: str = ""
     """The stage's name in its pipeline."""
+    attempt: str = "0"
+    page: str = ""
+    """URL of the dashboard's page, once there is a cluster."""
+    holding: bool = False
+    """Whether this process holds the run's folder."""
     console: Console = field(default_factory=lambda: Console(stderr=True, soft_wrap=True))
     _stack: ExitStack = field(default_factory=ExitStack)
     _client: Client | None = None
 
     def __post_init__(self) -> None:
         """Absolute paths: workers of a cluster that is joined were started in folders of their own."""
+        if self.cluster.as_json:
+            self.console = Console(soft_wrap=True)
         self.run = self.run.absolute()
         if self.store_path is not None:
             self.store_path = str(self.store_path) if is_url(self.store_path) else Path(self.store_path).absolute()
@@ -76,25 +101,76 @@ class Context:
     def client(self) -> Client:
         """The cluster of this run; started or joined once, closed with the context."""
         if self._client is None:
+            asked = self.cluster
             self._client = self._stack.enter_context(
                 connect(
-                    self.cluster.scheduler,
-                    workers=self.cluster.workers,
-                    setup=[partial(set_threads, self.cluster.threads)],
+                    asked.scheduler,
+                    workers=asked.workers,
+                    gpus=asked.scheduler is None and _wants_local_gpus(asked.device),
+                    host=asked.host,
+                    tls=asked.encryption,
+                    setup=[partial(set_threads, asked.threads)],
+                    say=self.say,
                 )
             )
-            workers = len(self._client.scheduler_info(n_workers=-1)["workers"])
-            self.say(f"cluster: {workers} worker{'s' * (workers != 1)}, dashboard {dashboard_link(self._client)}")
+            try:
+                self.page = show_page(self._client)
+            except ImportError as error:
+                self.page = dashboard_link(self._client)
+                self.say(f"cluster: {error}")
+            count = len(self.workers())
+            self.say(f"cluster: {count} worker{'s' * (count != 1)}, dashboard {self.page}")
+            self._record_address()
         return self._client
 
+    @property
+    def running(self) -> Client | None:
+        """The cluster of this run, if it has been asked for by now."""
+        return self._client
+
+    def workers(self) -> dict[str, Any]:
+        """What Dask knows of each worker, by address."""
+        found: dict[str, Any] = self.client().scheduler_info(n_workers=-1)["workers"]
+        return found
+
+    @property
+    def slots(self) -> int:
+        """Tasks at a time, over all workers."""
+        return sum(worker["nthreads"] for worker in self.workers().values())
+
+    @property
+    def device(self) -> str:
+        """Where networks run: cuda, if workers offer GPUs as a resource and it is not declined, or cpu."""
+        offered = any(worker["resources"].get(GPU) for worker in self.workers().values())
+        if self.cluster.device == "cuda" and not offered:
+            raise ValueError(f"device='cuda', but no worker offers a GPU; start them with --resources {GPU}=1")
+        return "cuda" if offered and self.cluster.device != "cpu" else "cpu"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What tells this run from others on a cluster."""
+        return {"run": str(self.run), "holder": holder()}
+
+    def _record_address(self) -> None:
+        """For `tilestream dashboard RUN`, while this run goes on."""
+        path = self.run / "cluster.json"
+        if (self.run / "journal").is_dir():
+            write_json(path, {"dashboard": self.page, "holder": holder()})
+            self._stack.callback(path.unlink, missing_ok=True)
+
     def say(self, line: str) -> None:
-        """One line for the person who watches."""
-        self.console.print(line, highlight=False, markup=False)
+        """One line for the person, or the machine, that watches."""
+        text = json.dumps({"action": "say", "text": line}) if self.cluster.as_json else line
+        self.console.print(text, highlight=False, markup=False)
 
     @property
     def partial_path(self) -> Path:
-        """Folder of this stage's unfinished work; it goes when the stage is done."""
-        return self.run / "journal" / f"{self.name}.partial"
+        """Folder of this stage's unfinished work; it goes when the stage is done.
+
+        Its name is drawn anew when work starts afresh: a task of a killed run that still goes on, on a cluster that was
+        joined, writes into a folder that is not there any more.
+        """
+        return self.run / "journal" / f"{self.name}.partial-{self.attempt}"
 
     def __enter__(self) -> Context:
         return self
@@ -102,6 +178,21 @@ class Context:
     def __exit__(self, *error: object) -> None:
         self._client = None
         self._stack.__exit__(*error)  # type: ignore[arg-type]
+
+
+def show_page(client: Client) -> str:
+    """URL of the page on which runs are watched, which the scheduler has from now on; ImportError where it cannot."""
+    install(client)
+    return dashboard_link(client).removesuffix("status") + "tilestream"
+
+
+def holder() -> str:
+    """This process, as others are told of it."""
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def _wants_local_gpus(device: str) -> bool:
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
 def set_threads(count: int) -> None:

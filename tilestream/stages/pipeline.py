@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -73,8 +74,9 @@ def find(path: Path) -> Path:
 
 def run_pipeline(pipeline: Pipeline, context: Context) -> None:
     """Runs the steps in order; those whose configuration and inputs did not change are skipped, and say so."""
-    for step in pipeline.steps:
-        execute(step.name, step.stage, step.config, context)
+    with ExitStack() as held:  # by the first step that has to run, until the last is done
+        for step in pipeline.steps:
+            execute(step.name, step.stage, step.config, context, held)
 
 
 def _step(name: str, values: Any) -> Step:

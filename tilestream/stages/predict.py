@@ -19,6 +19,7 @@ from tilestream.training import predict
 from .base import Context, Stage, StageConfig, digest, write_json
 from .crops import crops_path, read_crops, table_path
 from .examples import Crops, Squares
+from .jobs import steps
 from .models import locate, read_model
 from .preprocess import average_of, ensure_extremes
 from .split import chosen, path_of, write_table
@@ -84,7 +85,7 @@ def _crop_scores(config: PredictConfig, context: Context) -> pd.Series:
     known = ensure_extremes(context, average, list(crops["id"]))  # the model's, whatever average the crops were cut by
     crops = crops.assign(low=[known[id].low for id in crops["id"]], high=[known[id].high for id in crops["id"]])
     examples = Crops(crops_path(context, config.crops), crops, [0] * len(crops), average)
-    return pd.Series(_unhealthy(model.net, examples, config.batch_size), index=crops["id"])
+    return pd.Series(_unhealthy(model.net, examples, config.batch_size, context), index=crops["id"])
 
 
 def _square_scores(config: PredictConfig, context: Context, ids: list[str]) -> pd.Series:
@@ -92,7 +93,7 @@ def _square_scores(config: PredictConfig, context: Context, ids: list[str]) -> p
     model = read_model(context, config.naive)
     _same_splits(context, config.naive, model)
     examples = Squares(context.store, ids, [0] * len(ids), average_of(model.preprocessing, config.naive))
-    return pd.Series(_unhealthy(model.net, examples, config.batch_size), index=ids)
+    return pd.Series(_unhealthy(model.net, examples, config.batch_size, context), index=ids)
 
 
 def _same_splits(context: Context, name: str, model: Model) -> None:
@@ -102,9 +103,10 @@ def _same_splits(context: Context, name: str, model: Model) -> None:
         raise ValueError(f"model={name!r} was trained on other splits than this run's splits.parquet; train it again")
 
 
-def _unhealthy(net: torch.nn.Module, examples: Any, batch_size: int) -> np.ndarray:
+def _unhealthy(net: torch.nn.Module, examples: Any, batch_size: int, context: Context) -> np.ndarray:
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    return predict(net, examples, batch_size)[:, 1].astype(np.float64)
+    with steps(context, context.name, -(-len(examples) // batch_size), "batches") as step:
+        return predict(net, examples, batch_size, on_batch=step)[:, 1].astype(np.float64)
 
 
 def stored_threshold(context: Context, name: str) -> Threshold:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
-import platform
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy
 import psutil
 import torch
 
-from .base import Context, Stage, StageConfig, digest, write_json
+from .base import Context, Stage, StageConfig, digest, holder, write_json
 
 
 class Journal:
@@ -94,11 +95,11 @@ class Meter:
         }
 
 
-def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> bool:
+def execute(name: str, stage: Stage, config: StageConfig, context: Context, held: ExitStack | None = None) -> bool:
     """Runs a stage under `name`; False when it was skipped: configuration and inputs are those of its last run.
 
     Unfinished work of a killed run with the same configuration and inputs is continued if `context.resume`, else
-    removed.
+    removed. The run's folder is held while the stage runs, or until `held` is closed.
     """
     context.name = name
     mark = fingerprint(stage, config, context)
@@ -106,7 +107,8 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
     if _unchanged(record_path, mark, {os.path.relpath(p, context.run) for p in stage.writes(config, context)}, context):
         context.say(f"{name}: unchanged, skipped")
         return False
-    with locked(context.run):
+    with ExitStack() as own:
+        (held or own).enter_context(locked(context))
         resumed = _claim(stage, config, context)
         context.say(f"{name}: {stage.verb}")
         with Meter() as meter:
@@ -123,22 +125,28 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context) -> b
 
 def _claim(stage: Stage, config: StageConfig, context: Context) -> bool:
     """Makes the folder for unfinished work; True when a killed run's is continued."""
-    partial = context.partial_path
-    claim, mark = partial / "fingerprint", fingerprint(stage, config, context, stage.may_grow)
-    if partial.exists():
+    mark = fingerprint(stage, config, context, stage.may_grow)
+    for partial in (context.run / "journal").glob(f"{glob.escape(context.name)}.partial-*"):
+        claim = partial / "fingerprint"
         if context.resume and claim.exists() and claim.read_text() == mark:
+            context.attempt = partial.name.rpartition("-")[2]
             return True
         why = "inputs or configuration changed" if context.resume else "--resume was not given"
         context.say(f"{context.name}: unfinished work of an earlier run is removed: {why}")
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    claim.write_text(mark)
+    context.attempt = uuid.uuid4().hex[:8]
+    context.partial_path.mkdir(parents=True)
+    (context.partial_path / "fingerprint").write_text(mark)
     return False
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(context: Context) -> Iterator[None]:
     """Keeps a second process out of a run's folder; ValueError names the holder. A holder that dies lets go."""
+    if context.holding:
+        yield
+        return
+    run = context.run
     (run / "journal").mkdir(parents=True, exist_ok=True)
     with (run / "journal" / "lock").open("a+") as file:
         try:
@@ -149,9 +157,13 @@ def locked(run: Path) -> Iterator[None]:
                 f"run {str(run)!r} is in use by {file.read()}; wait for it or give another folder"
             ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.write(f"{holder()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
-        yield
+        context.holding = True
+        try:
+            yield
+        finally:
+            context.holding = False
 
 
 def _record(path: Path, mark: str, stage: Stage, config: StageConfig, context: Context) -> None:

@@ -1,4 +1,4 @@
-"""What workers do for a saliency map: a tile of one photograph, a cell of it, and how they are put together.
+"""What workers do for a saliency map: some tiles of one photograph, their cells, and how they are put together.
 
 Every function takes a small `Task` and indices, so that a task can run on any worker, twice if it must; networks and
 plans are read once a process, by path and hash.
@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import zarr
 
-from tilestream.cluster import Reduction
+from tilestream.cluster import Reduction, tile_done
 from tilestream.engine import Network, Peak, Reduce, SaliencyPass, Source, highest, highest_of, plan, trace
-from tilestream.geometry import Extent, Region, TilePlan, interior
+from tilestream.geometry import Extent, Granularity, Region, TilePlan, interior
 from tilestream.methods import Extremes, Normalised, normalise_square, resize_square
 from tilestream.nets import load_model
 from tilestream.store import Store
 
+Precision = Literal["float32", "bf16"]
 OVERVIEW = 8
 """Side in px of the blocks whose maxima make the small picture of a map."""
 
@@ -45,6 +46,9 @@ class Task:
     border: float = 0.1
     extremes: Extremes | None = None
     write: str | None = None
+    granularity: Granularity = "tile"
+    precision: Precision = "float32"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,17 @@ class Result:
 
 
 @lru_cache(maxsize=2)
-def network(path: str, sha256: str, net: str | None) -> tuple[Network, np.ndarray | None]:
+def network(
+    path: str, sha256: str, net: str | None, precision: Precision = "float32", device: str = "cpu"
+) -> tuple[Network, np.ndarray | None]:
     """A traced network and its average image, once a process; the file must be the one that the driver saw."""
     data = Path(path).read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"model file {path!r} changed while the run was going on; start the run again")
     model = load_model(path, architecture=net)
     average = model.preprocessing.get("average")
-    return trace(model.net), None if average is None else np.asarray(average, np.float32)
+    traced = trace(model.net.to(device), None if precision == "float32" else precision)
+    return traced, None if average is None else np.asarray(average, np.float32)
 
 
 @lru_cache(maxsize=16)
@@ -76,61 +83,115 @@ def read_plan(path: str) -> TilePlan:
 @lru_cache(maxsize=4)
 def saliency_pass(task: Task) -> SaliencyPass:
     """The pass that a task's tiles and cells are steps of."""
-    net, _ = network(task.model, task.model_sha256, task.net)
-    return SaliencyPass(net, read_plan(task.plan), target=task.target, reduce=task.reduce, method=task.method)
+    return SaliencyPass(
+        _network(task)[0], read_plan(task.plan), target=task.target, reduce=task.reduce, method=task.method
+    )
+
+
+def _network(task: Task) -> tuple[Network, np.ndarray | None]:
+    return network(task.model, task.model_sha256, task.net, task.precision, task.device)
 
 
 def source(task: Task) -> Source:
     """The photograph as the network takes it: normalised if the model says how, raw grey levels otherwise."""
     image = Store(task.store).image(task.id)
-    _, average = network(task.model, task.model_sha256, task.net)
+    average = _network(task)[1]
     if average is None or task.extremes is None:
         return image
     return Normalised(image, average, task.extremes)
 
 
 def reduction(task: Task) -> Reduction:
-    """The photograph's map as a reduction: tiles give pieces, cells add them up, the highest point comes back."""
+    """The photograph's map as a reduction: tiles give strips, their cells add them up, the highest point comes back."""
     work = saliency_pass(task)
-    layout, tiles = work.plan, tuple(range(len(work.plan.tiles)))
-    logits = len(tiles)  # one more destination: the forward shares of all tiles
+    groups = work.plan.groups(task.granularity)
+    everything = tuple(range(len(groups)))
     prelude = None
     if not work.one_sweep:
-        prelude = Reduction(tiles, partial(_forward, task), {0: tiles}, partial(_pool, task), _only)
+        prelude = Reduction(groups, partial(_forward, task), {0: everything}, partial(_pool, task), _only)
     return Reduction(
-        tiles,
-        partial(_tile, task),
-        {**layout.routes, logits: tiles},
-        partial(_cell, task, logits),
+        groups,
+        partial(_tiles, task),
+        {**_routes(work.plan, groups), _LOGITS: everything},
+        partial(_cells, task),
         partial(_finish, task),
         prelude,
     )
 
 
-def _forward(task: Task, index: int) -> Mapping[int, Any]:
-    work = saliency_pass(task)
-    return {0: work.forward(source(task), work.plan.tiles[index])}
+_LOGITS = -1
+"""The destination of the tiles' forward shares; the others are groups of cells, numbered as those of tiles."""
+Strips = dict[int, list[tuple[Region, np.ndarray]]]
+"""By cell: what tiles add to its gradient, in ascending order of tiles."""
+Cell = tuple[Peak | None, Region, np.ndarray]
+"""The highest point of a cell, the cell, and its small picture."""
 
 
-def _pool(task: Task, _: int, partials: list[Any]) -> Any:
-    return saliency_pass(task).pooled(partials)
+def _routes(layout: TilePlan, groups: tuple[range, ...]) -> dict[int, tuple[int, ...]]:
+    group_of = {index: number for number, group in enumerate(groups) for index in group}
+    sources: dict[int, set[int]] = {number: {number} for number in range(len(groups))}
+    for cell, readers in layout.routes.items():
+        sources[group_of[cell]].update(group_of[tile] for tile in readers)
+    return {number: tuple(sorted(found)) for number, found in sources.items()}
+
+
+def _forward(task: Task, group: range) -> Mapping[int, Any]:
+    work, image, shares = saliency_pass(task), source(task), []
+    for index in group:
+        shares.append(work.forward(image, work.plan.tiles[index]))
+        tile_done()
+    return {0: shares}
+
+
+def _pool(task: Task, _: int, partials: list[list[Any]]) -> Any:
+    return saliency_pass(task).pooled([share for shares in partials for share in shares])
 
 
 def _only(values: list[Any]) -> Any:
     return values[0]
 
 
-def _tile(task: Task, index: int, pooled: Any = None) -> Mapping[int, Any]:
-    work = saliency_pass(task)
-    shares, pieces = work.pieces(source(task), work.plan.tiles[index], work.upstream(pooled))
-    return {**pieces, len(work.plan.tiles): shares}
+def _tiles(task: Task, group: range, pooled: Any = None) -> Mapping[int, Any]:
+    """The strips of a group's tiles by the group that owns the cells, and the tiles' forward shares.
+
+    A cell to which no other group adds is finished at once, so that the strips of a whole image never pile up.
+    """
+    work, image = saliency_pass(task), source(task)
+    routes, upstream = work.plan.routes, work.upstream(pooled)
+    waiting, finished, shares = Strips(), list[Cell](), list[Any]()
+    mine = [cell for cell in group if cell in routes and all(tile in group for tile in routes[cell])]
+    last = {cell: max(routes[cell], default=group[0]) for cell in mine}
+    for index in group:
+        share, pieces = work.pieces(image, work.plan.tiles[index], upstream)
+        shares.append(share)
+        for cell, piece in pieces.items():
+            waiting.setdefault(cell, []).append(piece)
+        finished += [_cell(task, cell, waiting.pop(cell, [])) for cell in mine if last[cell] == index]
+        tile_done()
+    size = len(work.plan.groups(task.granularity)[0])
+    found: dict[int, Any] = {group[0] // size: (finished, {}), _LOGITS: shares}
+    for cell, strips in waiting.items():
+        found.setdefault(cell // size, ([], {}))[1][cell] = strips
+    return found
 
 
-def _cell(task: Task, logits: int, index: int, pieces: list[Any]) -> Any:
-    """A cell's highest point and small picture, its values written where they are wanted; or the probability."""
+def _cells(task: Task, number: int, parts: list[Any]) -> Any:
+    """The finished cells of a group; or, of the forward shares, the probability."""
     work = saliency_pass(task)
-    if index == logits:
-        return float(torch.softmax(work.logits(work.pooled(pieces)).double(), dim=1)[0, task.target])
+    if number == _LOGITS:
+        logits = work.logits(work.pooled([share for shares in parts for share in shares]))
+        return float(torch.softmax(logits.double(), dim=1)[0, task.target])
+    waiting, finished = Strips(), list[Cell]()
+    for done, strips in parts:  # in ascending order of groups, and so of tiles
+        finished += done
+        for cell, pieces in strips.items():
+            waiting.setdefault(cell, []).extend(pieces)
+    return finished + [_cell(task, cell, pieces) for cell, pieces in sorted(waiting.items())]
+
+
+def _cell(task: Task, index: int, pieces: list[tuple[Region, np.ndarray]]) -> Cell:
+    """A cell's highest point and small picture, its values written where they are wanted."""
+    work = saliency_pass(task)
     values, cell = work.cell(index, pieces), work.plan.tiles[index].cell
     if task.write is not None:
         zarr.open_array(task.write, mode="r+")[cell.y0 : cell.y1, cell.x0 : cell.x1] = values
@@ -138,7 +199,8 @@ def _cell(task: Task, logits: int, index: int, pieces: list[Any]) -> Any:
 
 
 def _finish(task: Task, values: list[Any]) -> Result:
-    *cells, probability = values
+    probability, *groups = values  # the destination -1 comes first
+    cells = [cell for group in groups for cell in group]
     extent = read_plan(task.plan).image
     small = np.full(tuple(-(-n // OVERVIEW) for n in extent), -np.inf, np.float32)
     for _, cell, block in cells:
@@ -159,9 +221,49 @@ def overview(values: np.ndarray, cell: Region | None = None) -> np.ndarray:
     return np.maximum.reduceat(rows, starts[1], axis=1).astype(np.float32)
 
 
+def prepare(task: Task) -> None:
+    """Reads and checks a pass's network in a worker before its first task; ValueError for a precision that it lacks."""
+    if task.precision == "bf16":
+        on_gpu = task.device == "cuda"
+        if not (torch.cuda.is_bf16_supported() if on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            raise ValueError(f"precision='bf16', but this {task.device} has no bfloat16; use float32")
+    if task.device == "cuda":  # the same bits on every run
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    _network(task)
+
+
+def distance_to_float32(task: Task, side_px: int = 1024) -> tuple[float, float]:
+    """Of the map of a photograph's middle alone: L2 distance by the norm, and how many px the highest point moves."""
+    image = source(task)
+    _, height, width = image.shape
+    box = Region.whole((height, width)).intersect(
+        Region(*(v for n in (height, width) for v in ((n - side_px) // 2, (n + side_px) // 2)))
+    )
+    part = np.asarray(image[:, box.y0 : box.y1, box.x0 : box.x1])
+    maps = []
+    both: tuple[Precision, ...] = ("float32", task.precision)
+    for precision in both:
+        net, _ = network(task.model, task.model_sha256, task.net, precision, task.device)
+        layout = plan(net, box.shape, tile=_stride_multiple(net, max(box.shape)))
+        values = np.empty(box.shape, np.float32)
+        SaliencyPass(net, layout, target=task.target, reduce=task.reduce, method=task.method).run(part, _into(values))
+        maps.append(values)
+    peaks = [highest_of([highest(values, Region.whole(box.shape), Region.whole(box.shape))]) for values in maps]
+    moved = math.hypot(peaks[0].y_px - peaks[1].y_px, peaks[0].x_px - peaks[1].x_px)
+    return float(np.linalg.norm(maps[1] - maps[0]) / np.linalg.norm(maps[0])), moved
+
+
+def _into(values: np.ndarray) -> Callable[[Region, np.ndarray], None]:
+    def write(cell: Region, block: np.ndarray) -> None:
+        values[cell.y0 : cell.y1, cell.x0 : cell.x1] = block
+
+    return write
+
+
 def squashed(task: Task, size_px: int) -> Result:
     """The map over the squashed square (paper A's training crops), its highest point in px of the photograph."""
-    net, average = network(task.model, task.model_sha256, task.net)
+    net, average = _network(task)
     store = Store(task.store)
     raw = resize_square(np.asarray(store.square(task.id)[:]), size_px)
     image = raw if average is None else normalise_square(raw, average)
@@ -169,10 +271,7 @@ def squashed(task: Task, size_px: int) -> Result:
     work = SaliencyPass(net, layout, target=task.target, reduce=task.reduce, method=task.method)
     values = np.empty((size_px, size_px), np.float32)
 
-    def write(cell: Region, block: np.ndarray) -> None:
-        values[cell.y0 : cell.y1, cell.x0 : cell.x1] = block
-
-    logits = work.run(image, write)
+    logits = work.run(image, _into(values))
     found = highest_of([highest(values, Region(0, size_px, 0, size_px), interior((size_px, size_px), task.border))])
     height, width = store.levels(task.id)[0][1:]
     y_px, x_px = (_unsquash(p, n, size_px) for p, n in zip((found.y_px, found.x_px), (height, width), strict=True))

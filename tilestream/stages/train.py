@@ -17,6 +17,7 @@ from tilestream.training import Examples, TrainingConfig, fit
 from .base import Context, Stage, StageConfig, digest, write_json
 from .crops import read_crops
 from .examples import Crops, Squares
+from .jobs import steps
 from .preprocess import average_path, read_average
 from .split import chosen, path_of
 
@@ -56,7 +57,12 @@ def run(config: TrainConfig, context: Context) -> None:
             f"{record.validation_loss:.4f} AUC {auc}, {record.seconds:.1f} s"
         )
 
-    history = fit(net, train, validation, settings, context.partial_path / "checkpoint", on_epoch=epoch_done)
+    total = config.epochs * -(-len(train) // config.batch_size)
+    with steps(context, context.name, total, "batches") as step:
+        history = fit(
+            net, train, validation, settings, context.partial_path / "checkpoint",
+            on_epoch=epoch_done, on_batch=lambda done, of: step(),
+        )  # fmt: skip
     context.say(f"{context.name}: best epoch {history.best_epoch} by {history.best_by}")
     write_json(history_path(context, context.name), json.loads(history.model_dump_json()))
     model = model_path(config, context)

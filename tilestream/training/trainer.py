@@ -106,10 +106,11 @@ def predict(
     *,
     precision: Literal["auto", "float32", "bf16"] = "auto",
     loader_threads: int = 2,
+    on_batch: Callable[[], None] | None = None,
 ) -> np.ndarray:
     """Return the probabilities (n, classes) float32 of all examples, in their order, by `net` in eval mode.
 
-    The net's device is used and its mode restored; `precision` as in `TrainingConfig`.
+    The net's device is used and its mode restored; `precision` as in `TrainingConfig`. `on_batch` is called after each.
 
     Raises:
         ValueError: there are no examples.
@@ -117,7 +118,7 @@ def predict(
     """
     if len(examples) == 0:
         raise ValueError("examples=0, must be at least 1")
-    logits = _logits(net, examples, batch_size, _uses_bf16(precision, _device(net)), loader_threads)
+    logits = _logits(net, examples, batch_size, _uses_bf16(precision, _device(net)), loader_threads, on_batch)
     finite = torch.isfinite(logits).all(1)
     if not finite.all():
         raise FloatingPointError(f"the logits of example {int(finite.int().argmin())} are not finite; check its pixels")
@@ -227,13 +228,25 @@ def learning_rate(config: TrainingConfig, progress: float) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _logits(net: nn.Module, examples: Examples, batch_size: int, bf16: bool, threads: int) -> Tensor:
+def _logits(
+    net: nn.Module,
+    examples: Examples,
+    batch_size: int,
+    bf16: bool,
+    threads: int,
+    on_batch: Callable[[], None] | None = None,
+) -> Tensor:
     """Return the logits (n, classes) float32 of all examples, on the CPU."""
     device = _device(net)
     batches = np.array_split(np.arange(len(examples)), range(batch_size, len(examples), batch_size))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with _mode(net, training=False), torch.inference_mode(), _exact_kernels(), autocast:
-        return torch.cat([net(images).float().cpu() for images, _ in read_batches(examples, batches, threads, device)])
+        found = []
+        for images, _ in read_batches(examples, batches, threads, device):
+            found.append(net(images).float().cpu())
+            if on_batch:
+                on_batch()
+        return torch.cat(found)
 
 
 def _device(net: nn.Module) -> torch.device:
