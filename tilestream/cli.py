@@ -287,6 +287,17 @@ def plan(
     print(stages.plan_text(net, size, memory, tile, as_json))
 
 
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="file of torch.save, of tensors alone")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the model file to write, .safetensors")],
+    net: Annotated[str, typer.Option(help="network: a name of tilestream.nets or package.module:factory")],
+    parameters: Annotated[str, typer.Option(help="arguments of the network, as YAML")] = "{num_classes: 2}",
+) -> None:
+    """Makes a model file, which can be read without running code, from a pickled checkpoint."""
+    stages.convert_checkpoint(checkpoint, out, net, parameters)
+
+
 Settings = Annotated[list[str] | None, typer.Option("--set", help="stage.key=value, any number of times")]
 
 

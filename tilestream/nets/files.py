@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -113,6 +115,34 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     _fill(net, {key: v for key, v in state.items() if not key.startswith(_EXTRA)}, path, type(net).__name__)
 
 
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    architecture: str,
+    parameters: Mapping[str, Any] | None = None,
+) -> None:
+    """Makes a model file from a checkpoint that torch.save wrote, of tensors alone: nothing that it may hold is run.
+
+    The weights may lie under the key state_dict, model or net, and their names may begin with `module.`. Raises
+    FileNotFoundError, or ValueError for a file that holds more than tensors or does not fit the architecture.
+    """
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"checkpoint {os.fspath(source)!r} does not exist")
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError):
+        state = None
+    for key in ("state_dict", "model", "net"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"checkpoint {os.fspath(source)!r} is no state dict of tensors alone; save net.state_dict(), convert that"
+        )
+    net = build(architecture, parameters)
+    _fill(net, {key.removeprefix("module."): value for key, value in state.items()}, source, architecture)
+    save_model(target, net, architecture=architecture, parameters=parameters)
+
+
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file."""
     if not Path(path).is_file():
@@ -122,6 +152,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tenso
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             return file.metadata() or {}, state
     except SafetensorError as error:
+        with open(path, "rb") as opened:
+            pickled = opened.read(2) in (b"PK", b"\x80\x02")
+        if pickled:
+            raise ValueError(
+                f"model file {os.fspath(path)!r} is a pickle, which may run any code when it is read; convert it once: "
+                f"tilestream convert {os.fspath(path)} MODEL.safetensors --net NAME"
+            ) from None
         raise ValueError(f"model file {os.fspath(path)!r} is not a safetensors file: {error}") from error
 
 
@@ -130,4 +167,4 @@ def _fill(net: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]
         net.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise ValueError(f"model file {os.fspath(path)!r} does not fit net={architecture!r}: {first}") from error
+        raise ValueError(f"model file {os.fspath(path)!r} does not fit net={architecture!r}: {first[:200]}") from error

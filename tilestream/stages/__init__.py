@@ -2,6 +2,7 @@
 
 from .base import ClusterConfig, Context, Stage, StageConfig, parse
 from .dashboard import page_of
+from .models import convert_checkpoint
 from .pipeline import STAGES, Pipeline, find, load, run_pipeline
 from .plan import plan_text
 from .runner import execute
@@ -15,6 +16,7 @@ __all__ = [
     "Stage",
     "StageConfig",
     "clear",
+    "convert_checkpoint",
     "execute",
     "find",
     "load",

@@ -175,9 +175,12 @@ class Context:
     def __enter__(self) -> Context:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        lost = self._client is not None and self._client.status != "running" and isinstance(error, OSError)
         self._client = None
-        self._stack.__exit__(*error)  # type: ignore[arg-type]
+        self._stack.__exit__(kind, error, trace)
+        if lost and not isinstance(error, ConnectionError):  # Dask says it in many ways
+            raise ConnectionError("the scheduler is gone; see its log, then run again with --resume") from None
 
 
 def show_page(client: Client) -> str:

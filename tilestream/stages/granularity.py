@@ -40,14 +40,15 @@ def shares(layout: TilePlan, images: int, slots: int, channels: int = 1) -> list
         moved = layout.exchanged_px(groups) * channels * VALUE_BYTES
         each_s = layout.flops / len(groups) / FLOPS_PER_S
         waves = math.ceil(images * len(groups) / slots)  # the last one leaves slots idle
-        tasks = 1 if len(groups) == 1 else 1 + sum(1 + len(_touched(layout, group)) for group in groups)
+        tasks = 1 if len(groups) == 1 else 2 + sum(3 + len(_touched(layout, group)) for group in groups)
         seconds = waves * each_s + images * (moved / BYTES_PER_S / slots + tasks * TASK_S)
         found.append(Share(granularity, tasks, moved, seconds))
     return found
 
 
 def _touched(layout: TilePlan, group: range) -> set[int]:
-    return {cell // len(group) for tile in group for cell in layout.targets[tile]}
+    """The groups that own cells to which this one adds, itself among them."""
+    return {group[0] // len(group), *(cell // len(group) for tile in group for cell in layout.targets[tile])}
 
 
 def choose(layout: TilePlan, images: int, slots: int, memory: int, channels: int = 1) -> Share:

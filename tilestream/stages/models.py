@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tilestream.nets import Model, load_model
+import yaml
+
+from tilestream.nets import Model, convert, load_model
 
 from .base import Context, nearest
+
+FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl")
+"""Endings of files; those of pickles are refused when they are read, and what converts them is named."""
 
 
 def locate(context: Context, model: str) -> Path:
     """The file of a model: a path as it is, a bare name in the run's models (or in those of an old run)."""
-    if model.endswith(".safetensors") or "/" in model:
+    if model.endswith(FILES) or "/" in model:
         return Path(model).absolute()
     return context.models_path / f"{model}.safetensors"
 
@@ -24,3 +29,16 @@ def read_model(context: Context, model: str, net: str | None = None) -> Model:
         hint = f"; {nearest(path.stem, there)}" if there else ""
         raise FileNotFoundError(f"model file {str(path)!r} does not exist{hint}")
     return load_model(path, architecture=net)
+
+
+def convert_checkpoint(checkpoint: Path, out: Path, net: str, parameters: str) -> None:
+    """A model file from a pickled checkpoint; `parameters` of the network are YAML."""
+    try:
+        given = yaml.safe_load(parameters)
+    except yaml.YAMLError as error:
+        raise ValueError(f"parameters={parameters!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"parameters={parameters!r} must be a mapping like {{num_classes: 2}}")
+    if out.exists():
+        raise ValueError(f"{str(out)!r} is there already; give another name")
+    convert(checkpoint, out, net, given)

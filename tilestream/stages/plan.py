@@ -9,6 +9,8 @@ from dataclasses import asdict
 from tilestream.engine import parse_bytes, plan, trace
 from tilestream.nets import build, load_model
 
+from .models import FILES
+
 
 def plan_text(net: str, size: str, memory: str | None, tile: int | None, as_json: bool) -> str:
     """The plan for `net` (a name, package.module:factory or a model file) on a photograph of `size`, HEIGHTxWIDTH.
@@ -20,7 +22,7 @@ def plan_text(net: str, size: str, memory: str | None, tile: int | None, as_json
         raise ValueError(f"size={size!r} must be HEIGHTxWIDTH in px, like 2848x4288")
     if memory is not None and tile is not None:
         raise ValueError(f"memory={memory} and tile={tile} both fix the tiles; give one of them")
-    module = load_model(net).net if net.endswith(".safetensors") else build(net)
+    module = load_model(net).net if net.endswith(FILES) else build(net)
     budget = None if tile is not None else parse_bytes(memory or "2 GiB")
     layout = plan(trace(module), (int(match[1]), int(match[2])), memory=budget, tile=tile)
     if not as_json:
