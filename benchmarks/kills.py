@@ -4,7 +4,7 @@
 
 A pipeline (predict: no training) runs over the photographs of a store with fixed models, on a cluster of a scheduler
 and two workers started by hand. Once it is left in peace; then, `--runs` times, something is ended or stopped every
-second or two, at least `--kills` times a run: workers by SIGKILL, SIGTERM or SIGSTOP and SIGCONT, alone or with their
+few seconds, at least `--kills` times a run: workers by SIGKILL, SIGTERM or SIGSTOP and SIGCONT, alone or with their
 nannies; the driver by SIGKILL, SIGINT or SIGTERM, and the scheduler, after which the run goes on with --resume. Each
 run must make the bytes of the undisturbed one, and must not do again what its journal held.
 """
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--memory", default="1GiB")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--every", type=float, default=1.5, help="seconds between two kills, on average")
+    parser.add_argument("--every", type=float, default=3.0, help="seconds between two kills, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where runs are kept (default: a temporary folder)")
     parser.add_argument("--out", type=Path)
@@ -145,6 +145,7 @@ class Disturbed:
         self.kills: Counter[str] = Counter()
         self.finished: dict[str, int] = {}
         self.statuses: list[int] = []
+        self.last_restart = 0
 
     def finish(self) -> dict[str, Any]:
         """Runs until the driver leaves with 0."""
@@ -163,7 +164,11 @@ class Disturbed:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 driver.wait(self.rng.expovariate(1 / self.options.every))
                 continue
-            name = self.rng.choice(sorted(actions))
+            known, name = self.work_done(), self.rng.choice(sorted(actions))
+            if not name.startswith(("worker", "nanny")):
+                if known == self.last_restart:  # what never gets to work never ends
+                    continue
+                self.last_restart = known
             if driver.poll() is None and actions[name](driver):
                 self.kills[name] += 1
         again = [id for id, when in self.finished.items() if _mtime(self.run, id) != when]
@@ -177,6 +182,14 @@ class Disturbed:
             "kills": count, "by": dict(self.kills),
             "drivers": 1 + len(self.statuses), "statuses": self.statuses, "digests": digests(self.run),
         }  # fmt: skip
+
+    def work_done(self) -> int:
+        """Lines of all journals of unfinished work, and stages finished, as one number that changes with either."""
+        journals = (self.run / "journal").glob("*.partial-*/*.jsonl")
+        stages = len(list((self.run / "journal").glob("*.json")))
+        with contextlib.suppress(FileNotFoundError):
+            return 10**6 * stages + sum(path.read_bytes().count(b"\n") for path in journals)
+        return self.last_restart
 
     def drive(self) -> subprocess.Popen[bytes]:
         with Path(f"{self.run}.log").open("ab") as log:

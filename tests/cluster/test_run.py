@@ -152,6 +152,30 @@ def test_jobs_whose_workers_die_are_tried_again_alone(tmp_path: Path) -> None:
     assert len((tmp_path / "poison").read_text()) in (2, 3)  # the first strike may be another's death
 
 
+def test_a_worker_that_takes_too_much_memory_is_ended_and_its_job_named(tmp_path: Path) -> None:
+    def greedy() -> int:
+        held = []
+        for _ in range(200):
+            held.append(bytearray(os.urandom(1) * 2**24))
+            time.sleep(0.05)
+        return len(held)
+
+    errors: list[Exception] = []
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        connect(workers=1, memory_limit=2**29) as client,
+    ):
+        run(
+            [Job.call("greedy", greedy)],
+            client=client,
+            window=1,
+            on_result=lambda job, result: None,
+            on_error=lambda job, error: errors.append(error),
+        )
+    assert [type(error) for error in errors] == [Poison]
+    assert "or its limit of memory" in str(errors[0])
+
+
 def test_jobs_that_hang_are_tried_again_alone(tmp_path: Path) -> None:
     def hang(name: str, times: int) -> str:
         tries = tmp_path / name

@@ -4,7 +4,7 @@ The package knows neither images nor torch: it is handed callables. A `Reduction
 one result, a `Job` names it, and `run` keeps a window of jobs in flight on a client or on a local scheduler.
 """
 
-from .connect import GPU, connect, dashboard_link, prepared
+from .connect import GPU, connect, dashboard_link, prepared, said_lost
 from .progress import Progress, progress, tell
 from .reduction import Reduction, graph, tile_done
 from .run import Job, Poison, run
@@ -24,6 +24,7 @@ __all__ = [
     "prepared",
     "progress",
     "run",
+    "said_lost",
     "tell",
     "tile_done",
 ]

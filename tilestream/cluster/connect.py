@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import dask
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin
+from distributed.comm import CommClosedError
 
 from .security import LOOPBACK, Tls, check_address, check_host, check_listeners
 
@@ -94,13 +95,23 @@ def prepared(client: Client, setup: Sequence[Callable[[], None]], *, ignore_inte
     What one of them raises is raised here.
     """
     name = f"tilestream-setup-{uuid.uuid4().hex}"
-    client.register_plugin(_Setup(setup, ignore_interrupt=ignore_interrupt), name=name)
+    with said_lost():
+        client.register_plugin(_Setup(setup, ignore_interrupt=ignore_interrupt), name=name)
     try:
         yield
     finally:
         if client.status == "running":  # workers that join after we have left are not ours to set up
             with suppress(OSError, TimeoutError):
                 client.unregister_worker_plugin(name)
+
+
+@contextmanager
+def said_lost() -> Iterator[None]:
+    """ConnectionError, in one line, for the ways in which Dask says that a scheduler does not answer any more."""
+    try:
+        yield
+    except (CommClosedError, TimeoutError):
+        raise ConnectionError("the scheduler is gone; see its log, then run again") from None
 
 
 def dashboard_link(client: Client) -> str:
@@ -163,8 +174,9 @@ def _join(
     scheduler: str, workers: int, timeout_s: float, security: Security | None, say: Callable[[str], None]
 ) -> Iterator[Client]:
     with ExitStack() as quiet, _reach(scheduler, timeout_s, security) as client:
-        _wait_for_workers(client, scheduler, workers, timeout_s)
-        check_listeners(client, say)
+        with said_lost():
+            _wait_for_workers(client, scheduler, workers, timeout_s)
+            check_listeners(client, say)
         try:
             yield client
         finally:

@@ -19,7 +19,7 @@ from distributed import Client
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from tilestream.cluster import GPU, LOOPBACK, Tls, connect, dashboard_link
+from tilestream.cluster import GPU, LOOPBACK, Tls, connect, dashboard_link, said_lost
 from tilestream.cluster.dashboard import install
 from tilestream.store import Store, is_url
 
@@ -176,11 +176,11 @@ class Context:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        lost = self._client is not None and self._client.status != "running" and isinstance(error, OSError)
         self._client = None
         self._stack.__exit__(kind, error, trace)
-        if lost and not isinstance(error, ConnectionError):  # Dask says it in many ways
-            raise ConnectionError("the scheduler is gone; see its log, then run again with --resume") from None
+        if isinstance(error, OSError):
+            with said_lost():
+                raise error
 
 
 def show_page(client: Client) -> str:
