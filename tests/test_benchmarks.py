@@ -128,3 +128,11 @@ def test_storage(photographs, tmp_path):
     assert all(row["crop_of_chunks"] > 0 and row["of_jpeg"] > 0 for row in rows)
     assert rows[1]["mb_each"] > rows[0]["mb_each"] > rows[2]["mb_each"]
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_cluster_of_a_network_that_does_nothing(tmp_path):
+    out = tmp_path / "window.json"
+    rows = load("cluster").main(["--stub", "60", "--out", str(out)])
+    assert [row["images"] for row in rows] == list(range(6, 61, 6))
+    assert all(row["ms_a_task"] > 0 and row["scheduler_mib"] > 20 and row["driver_mib"] > 20 for row in rows)
+    assert json.loads(out.read_text())["rows"] == rows

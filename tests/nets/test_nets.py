@@ -6,7 +6,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from tilestream.nets import ResidualNet, build, load_model, load_weights, resnet18, resnet34, resnet50, save_model
+from tilestream.nets import (
+    ResidualNet,
+    build,
+    convert,
+    load_model,
+    load_weights,
+    resnet18,
+    resnet34,
+    resnet50,
+    save_model,
+)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (97, 130), (1, 64)])
@@ -100,6 +110,38 @@ def test_bad_files_are_told_in_a_line(tmp_path):
     save_model(tmp_path / "net.safetensors", resnet18(3), architecture="resnet18", parameters={"num_classes": 2})
     with pytest.raises(ValueError, match=r"does not fit net='resnet18': size mismatch for fc\.weight"):
         load_model(tmp_path / "net.safetensors")
+
+
+class Bomb:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickles_are_refused_and_converted_without_being_run(tmp_path):
+    net = resnet18(3)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match=r"is a pickle.*tilestream convert .*old.pt MODEL.safetensors --net NAME"):
+        load_model(tmp_path / "old.pt")
+    convert(tmp_path / "old.pt", tmp_path / "new.safetensors", "resnet18", {"num_classes": 3})
+    model = load_model(tmp_path / "new.safetensors")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.net.state_dict().values(), net.state_dict().values(), strict=True)
+    )
+    torch.save({"state_dict": net.state_dict(), "extra": Bomb(tmp_path / "run")}, tmp_path / "bomb.pt")
+    torch.save(net, tmp_path / "whole.pt")
+    (tmp_path / "text.pt").write_text("none")
+    for name in ("bomb", "whole", "text"):
+        with pytest.raises(ValueError, match="is no state dict of tensors alone"):
+            convert(tmp_path / f"{name}.pt", tmp_path / "x.safetensors", "resnet18")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"old.pt' does not fit net='resnet50'"):
+        convert(tmp_path / "old.pt", tmp_path / "x.safetensors", "resnet50")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -206,10 +206,15 @@ class SaliencyPass:
 
         `pieces` is empty for a cell that no output reads (`routes` says so); its gradient is zero.
         """
-        cell = self.plan.tiles[index].cell
-        total = np.zeros((1 if self.reduce == "mean" else self.network.channels, *cell.shape), self.dtype)
+        return self.summed(self.plan.tiles[index].cell, pieces)
+
+    def summed(self, box: Region, pieces: Sequence[tuple[Region, Array]]) -> Array:
+        """The saliency of any box from all pieces that meet it, in ascending order of tiles."""
+        total = np.zeros((1 if self.reduce == "mean" else self.network.channels, *box.shape), self.dtype)
         for region, values in pieces:
-            total[(slice(None), *region.within(cell))] += values
+            part = region.intersect(box)
+            if not part.empty:
+                total[(slice(None), *part.within(box))] += values[(slice(None), *part.within(region))]
         return reduced(total, self.reduce)
 
     def run(self, source: Source, write: Callable[[Region, Array], None]) -> torch.Tensor:

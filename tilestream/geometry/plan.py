@@ -79,15 +79,31 @@ class TilePlan:
         size = {"image": len(self.tiles), "band": self.columns, "tile": 1}[granularity]
         return tuple(range(start, start + size) for start in range(0, len(self.tiles), size))
 
+    def inner(self, index: int, group: range) -> Region:
+        """The part of a cell that no tile outside `group` adds to; empty where there is none.
+
+        Foreign windows come in from the sides, so a box is left; each is cut off where least is lost.
+        """
+        box = self.tiles[index].cell
+        for reader in self.routes[index]:
+            if reader in group:
+                continue
+            other = self.tiles[reader].window.intersect(box)
+            if not other.empty:
+                box = max(box.minus(other), key=lambda each: each.area, default=Region(0, 0, 0, 0))
+        return box
+
     def exchanged_px(self, groups: tuple[range, ...]) -> int:
-        """Pixels of gradient that one group computes for cells of another: the strips that overlap."""
-        group_of = {index: number for number, group in enumerate(groups) for index in group}
-        return sum(
-            tile.window.intersect(self.tiles[cell].cell).area
-            for tile in self.tiles
-            for cell in self.targets[tile.index]
-            if group_of[cell] != group_of[tile.index]
+        """Pixels of gradient that are added up across groups: the strips of cells in which windows of several meet."""
+        group_of = {index: group for group in groups for index in group}
+        theirs = sum(
+            self.tiles[reader].window.intersect(self.tiles[cell].cell).area
+            for cell, readers in self.routes.items()
+            for reader in readers
+            if reader not in group_of[cell]
         )
+        mine = sum(self.tiles[cell].cell.area - self.inner(cell, group_of[cell]).area for cell in self.routes)
+        return theirs + mine
 
     @property
     def columns(self) -> int:

@@ -63,6 +63,23 @@ class Region:
             return other if self.empty else self
         return Region(min(self.y0, other.y0), max(self.y1, other.y1), min(self.x0, other.x0), max(self.x1, other.x1))
 
+    def minus(self, other: Region) -> list[Region]:
+        """What is left of this box without the other, as boxes that do not meet: above, below, left, right.
+
+        >>> [str(box) for box in Region(0, 4, 0, 4).minus(Region(1, 3, 0, 2))]
+        ['y [0, 1) x [0, 4)', 'y [3, 4) x [0, 4)', 'y [1, 3) x [2, 4)']
+        """
+        hole = self.intersect(other)
+        if hole.empty:
+            return [] if self.empty else [self]
+        boxes = (
+            Region(self.y0, hole.y0, self.x0, self.x1),
+            Region(hole.y1, self.y1, self.x0, self.x1),
+            Region(hole.y0, hole.y1, self.x0, hole.x0),
+            Region(hole.y0, hole.y1, hole.x1, self.x1),
+        )
+        return [box for box in boxes if not box.empty]
+
     def contains(self, other: Region) -> bool:
         """Whether every pixel of `other` is in this box."""
         return other.empty or self.hull(other) == self

@@ -124,7 +124,7 @@ _LOGITS = -1
 Strips = dict[int, list[tuple[Region, np.ndarray]]]
 """By cell: what tiles add to its gradient, in ascending order of tiles."""
 Cell = tuple[Peak | None, Region, np.ndarray]
-"""The highest point of a cell, the cell, and its small picture."""
+"""The highest point of a box of the map (a cell, or a part of one), the box, and its small picture."""
 
 
 def _routes(layout: TilePlan, groups: tuple[range, ...]) -> dict[int, tuple[int, ...]]:
@@ -152,31 +152,52 @@ def _only(values: list[Any]) -> Any:
 
 
 def _tiles(task: Task, group: range, pooled: Any = None) -> Mapping[int, Any]:
-    """The strips of a group's tiles by the group that owns the cells, and the tiles' forward shares.
+    """What a group's tiles add to the cells of each group, and the tiles' forward shares.
 
-    A cell to which no other group adds is finished at once, so that the strips of a whole image never pile up.
+    What no other group adds to is finished at once: only strips travel, and those of a whole image never pile up.
     """
     work, image = saliency_pass(task), source(task)
-    routes, upstream = work.plan.routes, work.upstream(pooled)
+    layout, upstream, size = work.plan, work.upstream(pooled), len(group)
     waiting, finished, shares = Strips(), list[Cell](), list[Any]()
-    mine = [cell for cell in group if cell in routes and all(tile in group for tile in routes[cell])]
-    last = {cell: max(routes[cell], default=group[0]) for cell in mine}
+    last = {cell: max((t for t in layout.routes[cell] if t in group), default=group[0])
+            for cell in group if cell in layout.routes}  # fmt: skip
     for index in group:
-        share, pieces = work.pieces(image, work.plan.tiles[index], upstream)
+        share, pieces = work.pieces(image, layout.tiles[index], upstream)
         shares.append(share)
         for cell, piece in pieces.items():
             waiting.setdefault(cell, []).append(piece)
-        finished += [_cell(task, cell, waiting.pop(cell, [])) for cell in mine if last[cell] == index]
+        for cell in [cell for cell, tile in last.items() if tile == index]:
+            now, later = _shared_out(task, layout, cell, group)
+            mine = waiting.pop(cell, [])
+            finished += [_box(task, box, mine) for box in now]
+            waiting[cell] = [part for piece in mine for box in later for part in _cut(piece, box)]
         tile_done()
-    size = len(work.plan.groups(task.granularity)[0])
     found: dict[int, Any] = {group[0] // size: (finished, {}), _LOGITS: shares}
     for cell, strips in waiting.items():
-        found.setdefault(cell // size, ([], {}))[1][cell] = strips
+        if strips:
+            found.setdefault(cell // size, ([], {}))[1][cell] = strips
     return found
 
 
+def _shared_out(task: Task, layout: TilePlan, cell: int, group: range) -> tuple[list[Region], list[Region]]:
+    """Boxes of a cell that its group finishes, and those that wait for others.
+
+    Where maps are written, a cell is a chunk, which two tasks must never write to: it is finished at once or waits.
+    """
+    whole, inner = layout.tiles[cell].cell, layout.inner(cell, group)
+    if inner != whole and task.write is not None:
+        inner = Region(0, 0, 0, 0)
+    return ([] if inner.empty else [inner]), whole.minus(inner)
+
+
+def _cut(piece: tuple[Region, np.ndarray], box: Region) -> list[tuple[Region, np.ndarray]]:
+    region, values = piece
+    part = region.intersect(box)
+    return [] if part.empty else [(part, values[(slice(None), *part.within(region))].copy())]
+
+
 def _cells(task: Task, number: int, parts: list[Any]) -> Any:
-    """The finished cells of a group; or, of the forward shares, the probability."""
+    """The finished boxes of a group's cells; or, of the forward shares, the probability."""
     work = saliency_pass(task)
     if number == _LOGITS:
         logits = work.logits(work.pooled([share for shares in parts for share in shares]))
@@ -186,16 +207,19 @@ def _cells(task: Task, number: int, parts: list[Any]) -> Any:
         finished += done
         for cell, pieces in strips.items():
             waiting.setdefault(cell, []).extend(pieces)
-    return finished + [_cell(task, cell, pieces) for cell, pieces in sorted(waiting.items())]
+    group = work.plan.groups(task.granularity)[number]
+    for cell, pieces in sorted(waiting.items()):
+        finished += [_box(task, box, pieces) for box in _shared_out(task, work.plan, cell, group)[1]]
+    return finished
 
 
-def _cell(task: Task, index: int, pieces: list[tuple[Region, np.ndarray]]) -> Cell:
-    """A cell's highest point and small picture, its values written where they are wanted."""
+def _box(task: Task, box: Region, pieces: list[tuple[Region, np.ndarray]]) -> Cell:
+    """The highest point and small picture of a box of the map, its values written where they are wanted."""
     work = saliency_pass(task)
-    values, cell = work.cell(index, pieces), work.plan.tiles[index].cell
+    values = work.summed(box, pieces)
     if task.write is not None:
-        zarr.open_array(task.write, mode="r+")[cell.y0 : cell.y1, cell.x0 : cell.x1] = values
-    return highest(values, cell, interior(work.plan.image, task.border)), cell, overview(values, cell)
+        zarr.open_array(task.write, mode="r+")[box.y0 : box.y1, box.x0 : box.x1] = values
+    return highest(values, box, interior(work.plan.image, task.border)), box, overview(values, box)
 
 
 def _finish(task: Task, values: list[Any]) -> Result:
