@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +261,7 @@ def test_refusals_by_stages_leave_no_result(place, tilestream, tmp_path):
     saliency = ("saliency", place.store, run, "--model")
     refusals: list[tuple[tuple[object, ...], list[str]]] = [
         ((*saliency, place.models / "frist.safetensors"), ["does not exist", "did you mean 'first'"]),
-        ((*saliency, place.models / "pickled.safetensors"), ["pickled.safetensors", "not a safetensors file"]),
+        ((*saliency, place.models / "pickled.safetensors"), ["pickled.safetensors", "is a pickle, which may run"]),
         ((*saliency, place.models / "bare.safetensors", "--resolution", "square"), ["resolution=full"]),
         ((*saliency, place.first, "--memory", "100KiB"), ["memory=102400 bytes", "smallest budget", "MiB"]),
         ((*saliency, place.first, "--tile-px", "100"), ["100", "128"]),
@@ -295,7 +296,7 @@ def test_initial_weights_that_do_not_fit(place, tilestream, tmp_path, address):
     pd.DataFrame({"id": ids, "split": ["train", "validation"] * 2}).to_parquet(run / "splits.parquet")
     assert tilestream("preprocess", place.store, run, "--size-px", 64, "--scheduler", address).status == 0
     for init, word in (
-        (place.models / "pickled.safetensors", "not a safetensors file"),
+        (place.models / "pickled.safetensors", "is a pickle, which may run any code"),
         (place.models / "none.safetensors", "none.safetensors"),
         (place.first, "does not fit"),
     ):
@@ -353,3 +354,69 @@ def test_an_interrupt_is_status_130(tilestream, monkeypatch):
     said = tilestream("plan", "--size", "300x400")
     assert said.status == 130
     assert "--resume" in said.line
+
+
+# watching and converting
+
+
+def test_the_page_of_a_cluster(tilestream, address):
+    said = tilestream("dashboard", "--scheduler", address)
+    assert (said.status, said.err) == (0, "")
+    assert said.out.strip().startswith("http://127.0.0.1:")
+    assert said.out.strip().endswith("/tilestream")
+    page = json.loads(tilestream("dashboard", "--scheduler", address, "--json").out)
+    assert page == {"page": said.out.strip(), "json": f"{said.out.strip()}.json"}
+    with urllib.request.urlopen(page["json"], timeout=10) as answer:
+        assert json.load(answer)["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give the folder of a run that goes on, or --scheduler ADDRESS"),
+        (["none"], "no run with a cluster goes on in 'none'"),
+        (["none", "--scheduler", "tcp://127.0.0.1:1"], "give the folder of a run that goes on, or --scheduler ADDRESS"),
+        (["--scheduler", "tcp://10.0.0.5:8786"], "is beyond this machine and not encrypted"),
+    ],
+)
+def test_no_page(tilestream, words, message):
+    said = tilestream("dashboard", *words)
+    assert said.status == 2
+    assert message in said.line
+
+
+def test_checkpoints_become_model_files(place, tilestream, tmp_path):
+    old, new = place.models / "pickled.safetensors", tmp_path / "new.safetensors"
+    words = ["convert", old, new, "--net", "ResidualNet", "--parameters", "{widths: [4, 4, 6, 8, 8]}"]
+    assert tilestream(*words) == Said(0, "", "")
+    assert torch.equal(nets.load_model(new).net.stem.weight, nets.load_model(place.first).net.stem.weight)
+    for more, message in (
+        (words, "is there already; give another name"),
+        ([*words[:2], tmp_path / "x", "--net", "resnet18"], "does not fit net='resnet18'"),
+        ([*words[:2], tmp_path / "x", "--net", "resnet18", "--parameters", "["], "is not YAML"),
+        ([*words[:2], tmp_path / "x", "--net", "resnet18", "--parameters", "3"], "must be a mapping"),
+    ):
+        said = tilestream(*more)
+        assert said.status == 2
+        assert message in said.line
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--host", "0.0.0.0"], "host='0.0.0.0' listens beyond this machine"),
+        (["--scheduler", "tcp://10.0.0.5:8786"], "is beyond this machine and not encrypted"),
+        (["--scheduler", "tls://127.0.0.1:1"], "speaks TLS; give tls_ca, tls_cert and tls_key"),
+        (["--scheduler", "tcp://127.0.0.1:1", "--tls"], "tls makes credentials for a new cluster"),
+        (["--tls-ca", "ca.pem"], "tls_cert is not given"),
+        (["--stall-timeout", "inf"], "stall_timeout"),
+        (["--device", "tpu"], "device"),
+    ],
+)
+def test_what_is_refused_of_a_cluster(place, tilestream, tmp_path, option, message):
+    said = tilestream("ingest", place.folder, tmp_path / "s.zarr", *(option if "--device" not in option else []))
+    if "--device" in option:
+        said = tilestream("saliency", place.store, tmp_path / "run", *option)
+    assert said.status == 2
+    assert message in said.err.splitlines()[-1]

@@ -39,10 +39,10 @@ class Tls:
             given[name] = given[name] or (Path(configured) if configured else None)
         if not any(given.values()):
             return None
+        if lacking := [name for name, path in given.items() if path is None]:
+            raise ValueError(f"{lacking[0]} is not given; TLS needs the three files tls_ca, tls_cert and tls_key")
         for name, path in given.items():
-            if path is None:
-                raise ValueError(f"{name} is not given; TLS needs the three files tls_ca, tls_cert and tls_key")
-            if not path.is_file():
+            if not Path(str(path)).is_file():
                 raise FileNotFoundError(f"{name}={str(path)!r} is no file")
         ca, cert, key = map(str, given.values())
         roles = {f"tls_{role}_{part}": value for role in ("client", "scheduler", "worker")

@@ -129,7 +129,8 @@ def convert(
     if not Path(source).is_file():
         raise FileNotFoundError(f"checkpoint {os.fspath(source)!r} does not exist")
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        with open(source, "rb") as file:  # torch.load goes by a name's ending
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError):
         state = None
     for key in ("state_dict", "model", "net"):

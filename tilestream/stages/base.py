@@ -47,6 +47,13 @@ class ClusterConfig(StageConfig):
     tls_ca: Path | None = Field(None, description="file of the authority, PEM, for TLS with permanent credentials")
     tls_cert: Path | None = Field(None, description="file of the certificate, PEM")
     tls_key: Path | None = Field(None, description="file of its key, PEM")
+    start_timeout: float = Field(
+        10,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="seconds to wait for a joined scheduler and its workers",
+    )
     stall_timeout: float = Field(
         600, gt=0, le=1e6, allow_inf_nan=False, description="seconds without a tile done until workers are restarted"
     )
@@ -111,6 +118,7 @@ class Context:
                     tls=asked.encryption,
                     setup=[partial(set_threads, asked.threads)],
                     say=self.say,
+                    timeout_s=asked.start_timeout,
                 )
             )
             try:
