@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from distributed import Client
 
@@ -159,3 +160,21 @@ def test_all_granularities_give_the_same_bits(made, model, address, tmp_path, ti
         assert (peak, probability) == first[:2]
         np.testing.assert_array_equal(values, first[2])
         np.testing.assert_array_equal(overview, first[3])
+
+
+def test_threads_are_those_of_the_task_whoever_else_uses_the_worker(made, model, address):
+    """Another run on the same workers may have set another number since."""
+    layout = plan(trace(model.net), made.store.levels("3_left")[0][1:], tile=320)
+    task = tasks.Task(str(made.store.path), "3_left", *_file(made), plan=str(_record(layout, made)))
+    seen = {}
+
+    def threads(count: int) -> int:
+        tasks.source(replace(task, threads=count))
+        return torch.get_num_threads()
+
+    with Client(address, set_as_default=False) as client:
+        client.run(torch.set_num_threads, 1)
+        for count in (2, 1):
+            job = Job.call(f"{count}", threads, count)
+            run([job], client=client, window=1, on_result=lambda job, value: seen.update({job.name: value}))
+    assert seen == {"2": 2, "1": 1}

@@ -92,6 +92,7 @@ def run(config: SaliencyConfig, context: Context) -> None:
         "border": config.border,
         "precision": config.precision,
         "device": device,
+        "threads": context.cluster.threads,
     }
     _same_machine(context, device)
     journal = Journal(context.partial_path / "centres.jsonl")

@@ -49,6 +49,8 @@ class Task:
     granularity: Granularity = "tile"
     precision: Precision = "float32"
     device: str = "cpu"
+    threads: int | None = None
+    """Of torch, for each task anew: another run on the same workers may want another number. None leaves them."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def saliency_pass(task: Task) -> SaliencyPass:
 
 
 def _network(task: Task) -> tuple[Network, np.ndarray | None]:
+    if task.threads is not None and torch.get_num_threads() != task.threads:
+        torch.set_num_threads(task.threads)
     return network(task.model, task.model_sha256, task.net, task.precision, task.device)
 
 
@@ -198,6 +202,7 @@ def _cut(piece: tuple[Region, np.ndarray], box: Region) -> list[tuple[Region, np
 
 def _cells(task: Task, number: int, parts: list[Any]) -> Any:
     """The finished boxes of a group's cells; or, of the forward shares, the probability."""
+    _network(task)
     work = saliency_pass(task)
     if number == _LOGITS:
         logits = work.logits(work.pooled([share for shares in parts for share in shares]))
