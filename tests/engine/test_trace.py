@@ -61,7 +61,7 @@ def test_functions_are_refused_by_name():
     refused(lambda self, x: head(self, torch.fft.fft2(self.conv(x)).abs()), "fft_fft2: cannot be streamed exactly")
     refused(lambda self, x: head(self, self.conv(x).cumsum(2)), "cumsum: cannot be streamed exactly")
     refused(lambda self, x: head(self, torch.softmax(self.conv(x), 3)), "softmax over dim=3; .* flatten")
-    refused(lambda self, x: head(self, self.conv(x) + self.grid), r"meets a map with \(1, 4, 5, 5\)")
+    refused(lambda self, x: head(self, self.conv(x) + self.grid), r"meets a vector of shape \(1, 4, 5, 5\)")
     refused(lambda self, x: head(self, nn.functional.pad(self.conv(x), (1, 1), value=2)), "only zeros")
     refused(lambda self, x: head(self, self.conv(x)[:, :, 1:]), "channels can be cut out")
     refused(lambda self, x: head(self, torch.cat([self.conv(x)] * 2, 2)), "over channels")

@@ -8,6 +8,7 @@ that was read (scatter: sums over tiles are complete), or a part small enough th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -49,7 +50,10 @@ class Operation:
 
     saves: Saves = "input"
     """What the gradient of its inputs needs: nothing (it is linear), the sign of the result, winners, or its inputs."""
-    linear_in_weights = False
+    own_form = False
+    """Whether its vectors are laid out as its function wants them, (C,), instead of (N, C, 1, 1)."""
+    flat = False
+    """Whether the code sees the map's positions flattened, so that vectors are (N, C, 1)."""
 
     def __init__(self, axes: tuple[Axis, Axis] = (Pixel(), Pixel())) -> None:
         self.axes = axes
@@ -98,20 +102,19 @@ class Operation:
         """
         have = self.need(region, call.extent)
         maps = saved if isinstance(saved, (list, tuple)) else call.blanks(have, grad)
-        weights = self.weights
-        grads: list[Tensor | None] = []
+        mine = copy.copy(self)  # with weights of its own: another thread may be at the same operation
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in maps]
-            small = [v.detach().requires_grad_(v.is_floating_point()) for v in vectors]
-            self.weights = [w.detach().requires_grad_(call.want_weights) for w in weights]
-            try:
-                result = self.run(leaves, small, region, call.extent)
-                wanted = [*leaves, *small, *(self.weights if call.want_weights else ())]
-                grads = [None] * len(wanted)  # outputs that read nothing but padding
-                if result.requires_grad:
-                    grads = list(torch.autograd.grad(result, wanted, grad, allow_unused=True))
-            finally:
-                self.weights = weights
+            small = [v.detach().requires_grad_(v.is_floating_point()) if isinstance(v, Tensor) else v for v in vectors]
+            mine.weights = [w.detach().requires_grad_(call.want_weights) for w in self.weights]
+            result = mine.run(leaves, small, region, call.extent)
+            wanted = [*leaves, *small, *(mine.weights if call.want_weights else ())]
+            grads: list[Tensor | None] = [None] * len(wanted)  # outputs that read nothing but padding
+            if result.requires_grad:
+                asked = [i for i, w in enumerate(wanted) if isinstance(w, Tensor) and w.requires_grad]
+                found = torch.autograd.grad(result, [wanted[i] for i in asked], grad, allow_unused=True)
+                for i, g in zip(asked, found, strict=True):
+                    grads[i] = g
         n, m = len(leaves), len(leaves) + len(small)
         return [None if g is None else (g, have) for g in grads[:n]], grads[n:m], grads[m:]
 
@@ -401,6 +404,11 @@ class MaxPool(Windowed):
     saves = "winners"
     fill = float("-inf")
 
+    def __init__(self, y: Sliding, x: Sliding) -> None:
+        super().__init__(y, x)
+        if y.kernel > 128 or x.kernel > 256:
+            raise ValueError(f"kernel_size={self.kernel}; max pooling over up to (128, 256) px can be streamed")
+
     def _slide(self, x: Tensor, padding: Pair) -> Tensor:
         return F.max_pool2d(x, self.kernel, self.stride, padding, self.dilation)
 
@@ -411,12 +419,13 @@ class MaxPool(Windowed):
         width = x.shape[-1]
         place = index.double()  # exact, and divides several times as fast as integers do
         del index
+        apart = 256 if self.dilation == (1, 1) else 2**20  # rows of a window, so that its columns fit in between
         row = (place + 0.5).mul_(1 / width).floor_()
-        place.add_(row, alpha=256 - width).sub_(self._corners(region, 256, padding))
-        places = place.to(torch.int16)
+        place.add_(row, alpha=apart - width).sub_(self._corners(region, apart, padding))
         if self.dilation != (1, 1):
-            places = (places >> 8) // self.dilation[0] * 256 + (places & 255) // self.dilation[1]
-        return value, places
+            row = torch.div(place, apart, rounding_mode="floor")
+            place = row / self.dilation[0] * 256 + (place - row * apart) / self.dilation[1]
+        return value, place.to(torch.int16)
 
     def _corners(self, region: Region, width: int, padding: Pair) -> Tensor:
         """For each output the place of its window's corner, rows `width` apart, in an input with this padding."""
@@ -498,11 +507,15 @@ class Line:
         return y.masked_fill(padding.reshape(shape).to(x.device), 0) if bool(padding.any()) else y
 
 
-def resized(n: int, size: int, mode: str, align_corners: bool | None, scale: float | None) -> Line:
+def resized(
+    n: int, size: int, mode: str, align_corners: bool | None, scale: float | None, dtype: torch.dtype = torch.float32
+) -> Line:
     """F.interpolate along one axis, from n to `size` px; `scale` where it was given and is to be used as it is."""
     o = np.arange(size, dtype=np.float64)
-    if mode == "nearest":
-        return Line(n, np.minimum((o * (1 / scale if scale else n / size)).astype(np.int64), n - 1))
+    if mode == "nearest":  # PyTorch itself says which, for its rounding differs by dtype and by how the size was given
+        given: Any = {"scale_factor": (scale, 1.0)} if scale else {"size": (size, 1)}
+        places = F.interpolate(torch.arange(n, dtype=dtype).reshape(1, 1, n, 1), mode="nearest", **given)
+        return Line(n, places.flatten().to(torch.int64).numpy())
     if align_corners:
         source = o * ((n - 1) / (size - 1) if size > 1 else 0.0)
     else:

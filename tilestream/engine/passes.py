@@ -64,6 +64,7 @@ class Pass:
         stores = [*self.maps.values(), *self.gradients.values(), *(s for t in self.tapes.values() for s in t)]
         for stored in stores:
             stored.free()
+        self.weights.clear()
 
     # ---- forward
 
@@ -349,6 +350,8 @@ class Pass:
             return
         self.head_gradients.extend(found)
         leaves = list(self.leaves.items())
+        if not leaves:  # vectors of parameters alone
+            return
         got = torch.autograd.grad(
             [v for v, _ in found], [leaf for _, leaf in leaves], [g.reshape(v.shape).to(v) for v, g in found],
             retain_graph=True, allow_unused=True,

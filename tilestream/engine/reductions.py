@@ -17,7 +17,7 @@ from torch import Tensor
 from tilestream.geometry import Extent, Region
 
 Array = npt.NDArray[Any]
-Kind = Literal["mean", "max", "moments", "logsumexp"]
+Kind = Literal["mean", "max", "amax", "moments", "logsumexp"]
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,23 @@ class Partial:
     """A share of a reduction, or all of it.
 
     `value` is (C, rows, columns): sums (float64), maxima, logarithms of sums of exponentials (float64); for moments
-    (2 C, 1, 1), sums of x and of its square. For maxima `y` and `x` hold the place of each winner on the map, int64;
-    ties go to the smallest (y, x).
+    (2 C, 1, 1), means of x and sums of the squares of its distances from them. For maxima `y` and `x` hold the place
+    of each winner on the map, int64; ties go to the smallest (y, x). `count` is how many positions it is of, for amax
+    how many hold the maximum.
     """
 
     value: Array
     y: Array | None = None
     x: Array | None = None
+    count: Any = 0
 
 
 @dataclass
 class Reduction:
     """A map, `source`, reduced over all positions, or over each of `bins` (rows, columns) of adaptive pooling.
 
-    "mean"; "max"; "moments", the means of x and of x^2; "logsumexp". `shape` brings (1, C, rows, columns) into the form
+    "mean"; "max", whose gradient goes to the first of equals; "amax", whose gradient equals share; "moments", mean and
+    variance (of all positions, biased); "logsumexp". `shape` brings (1, C, rows, columns) into the form
     that the network's code expects.
     """
 
@@ -69,8 +72,13 @@ class Reduction:
             raise ValueError(f"the map {self.source} is NaN in {region}; look for NaN or infinity in image or weights")
         if self.kind == "moments":
             flat = x[0].flatten(1).double()
-            sums = torch.cat([flat.sum(1), flat.square().sum(1)])
-            return Partial(sums.cpu().numpy()[:, None, None])
+            mean = flat.mean(1)
+            both = torch.cat([mean, (flat - mean[:, None]).square().sum(1)])
+            return Partial(both.cpu().numpy()[:, None, None], count=flat.shape[1])
+        if self.kind == "amax":
+            flat = x[0].flatten(1)
+            best = flat.amax(1)
+            return Partial(best.cpu().numpy()[:, None, None], count=(flat == best[:, None]).sum(1).cpu().numpy())
         if self.kind == "logsumexp":
             return Partial(torch.logsumexp(x[0].flatten(1).double(), 1).cpu().numpy()[:, None, None])
         shape, is_max = (x.shape[1], *self.bins), self.kind == "max"
@@ -101,9 +109,18 @@ class Reduction:
                 total = _winners(total, share)
             elif self.kind == "logsumexp":
                 total = Partial(np.logaddexp(total.value, share.value))
+            elif self.kind == "amax":
+                value = np.maximum(total.value, share.value)
+                equal = ((t.value == value)[:, 0, 0] * t.count for t in (total, share))
+                total = Partial(value, count=sum(equal))
+            elif self.kind == "moments":
+                total = _moments(total, share)
             else:
                 total = Partial(total.value + share.value)
-        return Partial(total.value / self._areas(extent)) if self.kind in ("mean", "moments") else total
+        if self.kind == "moments":
+            means, squares = np.split(total.value, 2)
+            return Partial(np.concatenate([means, squares / total.count]), count=total.count)
+        return Partial(total.value / self._areas(extent)) if self.kind == "mean" else total
 
     def _areas(self, extent: Extent) -> Array:
         rows, columns = self._bins(extent, Region.whole(extent))
@@ -117,7 +134,7 @@ class Reduction:
     @property
     def reads_map(self) -> bool:
         """Whether what flows back depends on the map's values."""
-        return self.kind in ("moments", "logsumexp")
+        return self.kind in ("moments", "logsumexp", "amax")
 
     def backward(self, grad: Tensor, total: Partial | None, x: Tensor | None, region: Region, extent: Extent) -> Tensor:
         """What `grad`, that of the reduced values, gives for the map over `region`; `x` holds its values if needed."""
@@ -126,8 +143,17 @@ class Reduction:
             return (grad / (extent[0] * extent[1])).expand(1, channels, *region.shape)
         if self.kind == "moments":
             assert x is not None
+            assert total is not None
             grad = grad.to(x.dtype) / (extent[0] * extent[1])
-            return grad[:, :channels] + 2 * grad[:, channels:] * x
+            mean = torch.from_numpy(total.value[:channels])[None].to(x)
+            return grad[:, :channels] + 2 * grad[:, channels:] * (x - mean)
+        if self.kind == "amax":
+            assert x is not None
+            assert total is not None
+            best, equals = (
+                torch.from_numpy(np.asarray(t)).reshape(1, -1, 1, 1).to(x) for t in (total.value, total.count)
+            )
+            return (x == best) * (grad.to(x.dtype) / equals)
         if self.kind == "logsumexp":
             assert x is not None
             assert total is not None
@@ -146,6 +172,15 @@ class Reduction:
                 here = np.flatnonzero((y >= 0) & (y < region.height) & (x_ >= 0) & (x_ < region.width))
                 out[0, here, y[here], x_[here]] += grad[0, here, i, j]
         return out
+
+
+def _moments(a: Partial, b: Partial) -> Partial:
+    """Of both parts together (Chan et al. 1982): no difference of large numbers is taken."""
+    (mean_a, squares_a), (mean_b, squares_b) = np.split(a.value, 2), np.split(b.value, 2)
+    count, apart = a.count + b.count, mean_b - mean_a
+    mean = mean_a + apart * (b.count / count)
+    squares = squares_a + squares_b + apart**2 * (a.count * b.count / count)
+    return Partial(np.concatenate([mean, squares]), count=count)
 
 
 def _winners(a: Partial, b: Partial) -> Partial:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tilestream.geometry import Plan, Region
 
+from . import supported
 from .allocator import resident_bytes, reused_buffers
+from .context import as_it_stands
 from .passes import Mode, Pass
 from .planner import Planner, cut, parse_bytes
+from .probe import check_against_plain
 from .saliency import Reduce, Saliency, Sink, check, reduced
 from .scratch import Allocate, FileArray, Scratch
 from .tile import Array, Source, keeps
@@ -46,6 +51,8 @@ class Streamed(nn.Module):
         self, net: nn.Module, *, memory: int | str | None = None, tile: int | None = None,
         scratch: Allocate = FileArray, precision: Precision | None = None,
     ) -> None:  # fmt: skip
+        if tile is not None and (not isinstance(tile, int) or tile < 1):
+            raise ValueError(f"tile={tile!r} must be the side of the tiles in px, a positive integer")
         if memory is not None and tile is not None:
             raise ValueError(f"memory={memory!r} and tile={tile} both fix the tiles; give one of them")
         super().__init__()
@@ -54,17 +61,30 @@ class Streamed(nn.Module):
         self.memory = parse_bytes(DEFAULT_MEMORY if memory is None else memory)
         self._stamp: Any = None
         self._plans: dict[Any, Plan] = {}
+        self._lock = threading.RLock()
         self.network()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what follows from the rest."""
+        derived: dict[str, Any] = {"_lock": None, "_network": None, "_stamp": None, "_held": None, "_plans": {}}
+        return {**self.__dict__, **derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_lock": threading.RLock()})  # type: ignore[no-untyped-call]
+
     def network(self) -> Network:
-        """The traced network, traced anew if a parameter or buffer changed."""
-        state = [*self.net.parameters(), *self.net.buffers()]
-        stamp = [(t.data_ptr(), t._version, t.dtype, t.device) for t in state], [m.training for m in self.net.modules()]
-        if stamp != self._stamp:
-            self._network, self._stamp = trace(self.net, self.precision), stamp
-            self._held = [t.detach() for t in state]  # or new weights could get the addresses of old ones
-            self._plans.clear()
-        return self._network
+        """The traced network, traced anew if a parameter, a buffer, a module or a setting of one changed."""
+        with self._lock:
+            state = [*self.net.parameters(), *self.net.buffers()]
+            stamp = [(t.data_ptr(), t._version, t.dtype, t.device, *_sums(t)) for t in state], _settings(self.net)
+            if stamp != self._stamp:
+                self._network = trace(self.net, self.precision)
+                if self._stamp is None or stamp[1] != self._stamp[1]:
+                    check_against_plain(self.net, self._network)
+                self._stamp = stamp
+                self._held = [t.detach() for t in state]  # or new weights could get the addresses of old ones
+                self._plans.clear()
+            return self._network
 
     def plan(
         self, shape: Sequence[int], *, reduce: Reduce | None = "mean", method: str = "gradient", weights: bool = False,
@@ -78,6 +98,9 @@ class Streamed(nn.Module):
         that works) or the image is.
         """
         check(method, reduce)
+        if method != "gradient" and self.network().clamped:
+            raise ValueError(f"method={method!r} clamps gradients at rectifiers on maps; this network has others "
+                             "behind its pooling")  # fmt: skip
         network = self.network().bind((int(shape[-2]), int(shape[-1])))
         if mode is None:
             modes: list[Mode] = ["scatter"] if weights or not backward else ["gather"]
@@ -132,10 +155,16 @@ class Streamed(nn.Module):
         images = self._images(image)
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         track = isinstance(image, Tensor) and torch.is_grad_enabled() and (parameters or image.requires_grad)
+        if not track:
+            return torch.cat([self._forward(each)[0] for each in images])
+        if named := [name for name, p in self.net.named_parameters() if p._backward_hooks]:
+            raise ValueError(f"{named[0]} has hooks, which streaming under autograd would call twice; remove them, or "
+                             "use backward(image, loss_fn)")  # fmt: skip
         run: Any = _Run.apply
-        results = [run(self, each, *parameters) if track else self._forward(each)[0] for each in images]
-        return torch.cat(results)
+        shared = Scratch(self.plan(images[0].shape, weights=True).scratch_bytes, self.scratch)
+        return torch.cat([run(self, shared, each, *parameters) for each in images])
 
+    @as_it_stands
     @reused_buffers()
     def saliency(
         self,
@@ -159,6 +188,8 @@ class Streamed(nn.Module):
         method or reduce, a budget that is too small, and NaN.
         """
         check(method, reduce)
+        if not isinstance(target, int):
+            raise ValueError(f"target={target!r} must be the number of a logit, an int")
         (source,) = self._images(image, one=True)
         plan = self.plan(source.shape, reduce=reduce, method=method, mode=mode, out=out is not None)
         network = self.network().bind(plan.image)
@@ -176,8 +207,9 @@ class Streamed(nn.Module):
             rule: Any = method
             options: Any = {"mode": plan.mode, "rule": rule, "write": write, "mean": reduce == "mean"}
             if network.dense:
+                dense = _dense(network, target, upstream)
                 work.forward()
-                work.backward(None, dense=_dense(network, target, upstream), **options)
+                work.backward(None, dense=dense, **options)
                 logits = torch.empty((1, 0))
             else:
                 logits = work.there_and_back(lambda: _given(work, target, upstream), **options)
@@ -185,6 +217,7 @@ class Streamed(nn.Module):
             work.close()
         return Saliency(values, logits)
 
+    @as_it_stands
     @reused_buffers()
     def backward(
         self, image: Source, loss_fn: Callable[[Tensor], Tensor], *, gradient: Sink | None = None,
@@ -203,19 +236,23 @@ class Streamed(nn.Module):
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         sinks = [_sink(gradient, i if len(image.shape) == 4 else None) for i in range(len(images))]
         scratch = Scratch(plan.scratch_bytes, self.scratch)
-        works = [self._pass(network, plan, each, progress=progress, scratch=scratch) for each in images]
+        tick = _Ticker(progress, plan, len(images))
+        works = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
         try:
-            if one := self._one_sweep(network, works, plan, loss_fn, sinks, parameters):
+            one = self._one_sweep(network, works, plan, loss_fn, sinks, parameters)
+            if one is not None:
                 return one
-            works = [self._pass(network, plan, each, progress=progress, scratch=scratch) for each in images]
+            works = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
             leaf = torch.cat([work.result() for work in works]).detach().requires_grad_()
             with torch.enable_grad():
                 loss = _scalar(loss_fn(leaf))
                 (down,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
+            total: list[Tensor | None] = [None] * len(parameters)
             for work, upstream, sink in zip(works, down[:, None], sinks, strict=True):
                 work.back(upstream, sink)
-                _add(parameters, work.parameter_gradients(parameters))
+                total = _sum(total, work.parameter_gradients(parameters))
                 work.close()
+            self._add(parameters, total)  # all at once: a call that is cancelled leaves nothing behind
             return loss.detach()
         finally:
             for work in works:
@@ -247,6 +284,7 @@ class Streamed(nn.Module):
         tolerance = 4 * torch.finfo(network.dtype).eps * down.abs().amax()
         if classes == 2 and (down.sum(1).abs() > tolerance).any():
             return None
+        total: list[Tensor | None] = [None] * len(parameters)
         for work, upstream in zip(works, down[:, None], strict=True):
             factor = upstream[0, -1]
             for tensors in work.weights.values():
@@ -254,31 +292,34 @@ class Streamed(nn.Module):
                     t *= factor
             work.head_gradients.clear()
             work.gradients_at_reductions(upstream)
-            _add(parameters, work.parameter_gradients(parameters))
+            total = _sum(total, work.parameter_gradients(parameters))
+        self._add(parameters, total)
         return loss.detach()
+
+    def _add(self, parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
+        with self._lock:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                    for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+                        hook(parameter)
 
     def _pass(
         self, network: Network, plan: Plan, source: Source, *, tape: bool = False, progress: Progress | None = None,
-        scratch: Scratch | None = None,
+        scratch: Scratch | None = None, tick: _Ticker | None = None,
     ) -> Pass:  # fmt: skip
-        done, total = 0, plan.tiles * (2 if plan.mode == "gather" else 1)
-
-        def tick() -> None:
-            nonlocal done, total
-            done += 1
-            total = max(total, done)
-            if progress is not None:
-                progress(done, total)
-
+        tick = tick or _Ticker(progress, plan)
         scratch = Scratch(plan.scratch_bytes, self.scratch) if scratch is None else scratch
         limit = resident_bytes() + int(0.7 * plan.peak_bytes)  # a step adds to it
         return Pass(network, cut(network, plan.segments), source, scratch, tape=tape, tick=tick, limit_bytes=limit)
 
+    @as_it_stands
     @reused_buffers()
-    def _forward(self, image: Source, keep: bool = False) -> tuple[Tensor, Pass]:
+    def _forward(self, image: Source, keep: Scratch | None = None) -> tuple[Tensor, Pass]:
+        """The result, and the pass that made it, which can be gone back from if its maps are kept in `keep`."""
         plan = self.plan(image.shape, weights=True) if keep else self.plan(image.shape, backward=False)
         network = self.network().bind(plan.image)
-        work = self._pass(network, plan, image)
+        work = self._pass(network, plan, image, scratch=keep)
         try:
             result = work.result()
         except BaseException:
@@ -290,6 +331,8 @@ class Streamed(nn.Module):
 
     def _images(self, image: Source, one: bool = False) -> list[Any]:
         channels = self.network().channels
+        if not hasattr(image, "shape"):
+            raise ValueError(f"image is a {type(image).__name__}; give an array or tensor, ({channels}, H, W)")
         shape = tuple(image.shape)
         if len(shape) == 4 and not shape[0]:
             raise ValueError(f"image.shape={shape} holds no image; give at least one")
@@ -316,22 +359,64 @@ class _Run(torch.autograd.Function):
     """One image through a streamed network, for autograd."""
 
     @staticmethod
-    def forward(ctx: Any, streamed: Streamed, image: Tensor, *parameters: Tensor) -> Tensor:
-        result, ctx.work = streamed._forward(image.detach(), keep=True)
-        ctx.parameters, ctx.image = parameters, image
+    def forward(ctx: Any, streamed: Streamed, scratch: Scratch, image: Tensor, *parameters: Tensor) -> Tensor:
+        result, ctx.work = streamed._forward(image.detach(), keep=scratch)
+        ctx.save_for_backward(image, *parameters)  # PyTorch says so when one of them is overwritten before `backward`
         return result
 
     @staticmethod
+    @once_differentiable
+    @as_it_stands
     @reused_buffers()
     def backward(ctx: Any, gradient: Tensor) -> Any:
         work: Pass = ctx.work
         if work.used:
             raise RuntimeError("this result was gone back from already; call the streamed network again")
-        want = torch.empty_like(ctx.image) if ctx.needs_input_grad[1] else None
+        image, *parameters = ctx.saved_tensors
+        want = torch.empty_like(image) if ctx.needs_input_grad[2] else None
         work.back(gradient, _sink(want, None))
-        found = work.parameter_gradients(list(ctx.parameters))
+        found = work.parameter_gradients(parameters)
         work.close()
-        return None, want, *found
+        return None, None, want, *found
+
+
+class _Ticker:
+    """Counts tiles for a caller's progress(done, tiles); more sweeps than foreseen raise the total."""
+
+    def __init__(self, progress: Progress | None, plan: Plan, images: int = 1) -> None:
+        self.progress, self.done = progress, 0
+        self.sweep = plan.tiles * images
+        self.total = self.sweep * (2 if plan.mode == "gather" else 1)
+
+    def __call__(self) -> None:
+        self.done += 1
+        while self.total < self.done:
+            self.total += self.sweep
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _sums(t: Tensor) -> tuple[Any, Any]:
+    """Whether a tensor was written to past autograd's count of versions, as through `.data`."""
+    if not t.numel() or t.device.type == "meta":
+        return 0, 0
+    flat = t.detach().reshape(-1)
+    weights = torch.arange(1, 8, device=t.device).repeat(-(-len(flat) // 7))[: len(flat)].to(torch.float32)
+    values = flat.to(torch.float32)
+    return float(values.sum(dtype=torch.float64)), float(torch.dot(values, weights))
+
+
+def _settings(net: nn.Module) -> list[Any]:
+    """What of modules the result may depend on, besides tensors."""
+    plain = (int, float, str, bool, tuple, type(None))
+    return [
+        (name, id(m), supported.has_hooks(m), sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
+        for name, m in net.named_modules()
+    ]
+
+
+def _sum(total: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
+    return [b if a is None else a if b is None else a + b for a, b in zip(total, more, strict=True)]
 
 
 def _sink(target: Any, index: int | None) -> Callable[[Region, Tensor], None] | None:
@@ -350,7 +435,8 @@ def _given(work: Pass, target: int, upstream: Any) -> Tensor:
     hot = work.one_hot(target)
     if upstream is None:
         return hot
-    given = torch.as_tensor(np.asarray(upstream)).to(hot).reshape(1, -1)
+    given = upstream.detach() if isinstance(upstream, Tensor) else torch.as_tensor(np.asarray(upstream))
+    given = given.to(hot).reshape(1, -1)
     if given.shape != hot.shape:
         raise ValueError(f"upstream of shape {tuple(np.shape(upstream))} must hold one value for each of "
                          f"{hot.shape[1]} logits")  # fmt: skip
@@ -358,14 +444,17 @@ def _given(work: Pass, target: int, upstream: Any) -> Tensor:
 
 
 def _dense(network: Network, target: int, upstream: Any) -> Callable[[Region], Tensor]:
-    channels = network.channels_of()[network.output]
+    channels, extent = network.channels_of()[network.output], network.extents[network.output]
+    if upstream is not None and tuple(upstream.shape) != (channels, *extent):
+        raise ValueError(f"upstream.shape={tuple(upstream.shape)} must be {(channels, *extent)}, that of the result")
     if upstream is None and not 0 <= target < channels:
         raise ValueError(f"target={target} must be in [0, {channels}): the network's map has that many channels")
 
     def part(region: Region) -> Tensor:
         if upstream is not None:
             block = upstream[:, region.y0 : region.y1, region.x0 : region.x1]
-            return torch.as_tensor(np.asarray(block)).to(network.device, network.dtype)[None]
+            block = block.detach() if isinstance(block, Tensor) else torch.as_tensor(np.asarray(block))
+            return block.to(network.device, network.dtype)[None]
         hot = torch.zeros((1, channels, *region.shape), dtype=network.dtype, device=network.device)
         hot[:, target] = 1
         return hot
@@ -377,10 +466,6 @@ def _scalar(loss: Tensor) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn gives {shape}; it must give one number")
+    if not loss.requires_grad:
+        raise ValueError("loss_fn gives a number that does not depend on the logits; it must be computed from them")
     return loss.reshape(())
-
-
-def _add(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

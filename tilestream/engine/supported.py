@@ -44,6 +44,11 @@ def is_linear(target: Any) -> bool:
     return target in RESHAPES
 
 
+def is_relu(target: Any) -> bool:
+    """Whether a module or function of the head is a rectifier, whose gradient guided back-propagation clamps."""
+    return type(target) is nn.ReLU or target in (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+
 def has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
@@ -126,7 +131,9 @@ def _arranged(ctx: Context) -> None:
             sides = LAST.there(t), v
             return function(*(sides if args[0] is x else sides[::-1])).permute(0, 3, 1, 2)
 
-        ctx.map(op.Pointwise(apply), (x,), (vector.name,))
+        operation = op.Pointwise(apply)
+        operation.own_form = True
+        ctx.map(operation, (x,), (vector.name,))
     elif target in ARITHMETIC or target in POINTWISE:
         FUNCTIONS[target](ctx, *ctx.args, **ctx.kwargs)
     else:
@@ -167,7 +174,15 @@ def _in_groups(ctx: Context, arrangement: Arrangement, x: Any) -> None:
         joined = ctx.target not in (torch.flatten, "flatten") or tuple(ctx.args[1:]) == (1, 2)
         if not joined or (ctx.target not in (torch.flatten, "flatten") and len(_sides(ctx.args[1:])) != 4):
             raise ValueError("channels in groups can only be joined again, view(n, c, h, w)")
-        ctx.map(op.Pointwise(lambda t: there(t).reshape(t.shape), linear=True), (x,))
+        source, given = ctx.value(x), () if ctx.target in (torch.flatten, "flatten") else _sides(ctx.args[1:])
+
+        def make(known: Any, inputs: Any) -> op.Operation:
+            want, full = [int(s) for s in ctx.resolve(given, known)], tuple(known[source])
+            if want and any(a not in (-1, b) for a, b in zip(want, full, strict=True)):
+                raise ValueError(f"view{tuple(want)} of channels in groups; only view{full} can be streamed")
+            return op.Pointwise(lambda t: there(t).reshape(t.shape), linear=True)
+
+        ctx.map(op.Pointwise(lambda t: there(t).reshape(t.shape), linear=True), (x,), make=make)
     else:
         raise ValueError("cannot be streamed over channels in groups; join them first")
 
@@ -199,11 +214,14 @@ def _elementwise(ctx: Context, function: Callable[..., Any], args: tuple[Any, ..
         filled = [tensors[i] if kind == 0 else small[i] if kind == 1 else i for kind, i in where]
         return function(*filled, **kwargs)
 
-    ctx.map(op.Pointwise(apply), tuple(maps), tuple(v.name for v in vectors), overwrites=ctx.overwrites)
+    operation = op.Pointwise(apply)
+    operation.flat = flat
+    ctx.map(operation, tuple(maps), tuple(v.name for v in vectors), overwrites=ctx.overwrites)
 
 
 def _spread(v: Any) -> Any:
-    return v[..., None] if isinstance(v, Tensor) and v.ndim == 3 else v
+    """(..., C, 1), as flattened maps meet it, for a map whose positions are not flattened."""
+    return v[..., None] if isinstance(v, Tensor) and v.ndim >= 2 else v
 
 
 def _overwriting(ctx: Context, inplace: bool) -> None:
@@ -362,8 +380,10 @@ def _interpolate(
             want = [math.floor(n * f) for n, f in zip(extent, given, strict=True)]
             factors = [None, None] if recompute_scale_factor else list(given)
         want = want if isinstance(want, (tuple, list)) else (want, want)
-        lines = [op.resized(n, int(w), mode, align_corners, f) for n, w, f in zip(extent, want, factors, strict=True)]
-        return op.Resample(*lines)
+        if tuple(int(w) for w in want) == tuple(extent):  # which PyTorch copies, whatever the factor
+            return op.Pointwise(lambda v: v, linear=True)
+        sides = zip(extent, want, factors, strict=True)
+        return op.Resample(*(op.resized(n, int(w), mode, align_corners, f, ctx.network.dtype) for n, w, f in sides))
 
     if size is not None and not isinstance(size, int) and not ctx.is_static(size):
         size = tuple(size)
@@ -446,7 +466,7 @@ def _getitem(ctx: Context, x: Any, index: Any) -> None:
     part = index[1]
     if any(isinstance(v, fx.Node) for v in (part.start, part.stop, part.step)):
         raise ValueError(f"index {index} cannot be streamed; give fixed channels")
-    ctx.map(op.Pointwise(lambda t: t[:, part], lambda n: len(range(n)[part]), linear=True), (x,))
+    ctx.map(op.Pointwise(lambda t: t[:, part], lambda n: len(range(n)[part]), linear=True), (x,), view=True)
 
 
 def _chunk(ctx: Context, x: Any, chunks: int, dim: int = 0) -> None:
@@ -459,9 +479,12 @@ def _chunk(ctx: Context, x: Any, chunks: int, dim: int = 0) -> None:
             return torch.chunk(t, chunks, 1)[i]
 
         def count(c: int, i: int = i) -> int:
-            return max(0, min(-(-c // chunks), c - i * -(-c // chunks)))
+            size = -(-c // chunks)
+            if c <= i * size:
+                raise ValueError(f"{c} channels in {chunks} chunks are fewer than {chunks}; cut them x[:, a:b]")
+            return min(size, c - i * size)
 
-        names.append(ctx.map(op.Pointwise(cut, count, linear=True), (x,), name=f"{ctx.node.name}_{i}"))
+        names.append(ctx.map(op.Pointwise(cut, count, linear=True), (x,), name=f"{ctx.node.name}_{i}", view=True))
     ctx.parts(names)
 
 
@@ -497,7 +520,7 @@ def _reduce(kind: str) -> Callable[..., None]:
             return t.reshape(*t.shape[:2], *(ends if keepdim else ()))
 
         if kind != "sum":
-            ctx.reduce(Reduction("max" if kind == "amax" else "mean", ctx.value(x), shape=shape))
+            ctx.reduce(Reduction(kind, ctx.value(x), shape=shape))  # type: ignore[arg-type]
             return
         name = ctx.node.name
         source = ctx.value(x)
@@ -538,20 +561,24 @@ def _spatial_norm(ctx: Context, module: Any, x: Any) -> None:
     def scale(env: Any) -> Tensor:
         both = env[moments].flatten()
         channels = len(both) // 2
-        mean, square = both.reshape(2, groups or channels, -1).mean(2)
-        std = torch.rsqrt((square - mean.square()).clamp(min=0) + module.eps)
+        means, variances = both.reshape(2, groups or channels, -1)
+        mean = means.mean(1)  # of a group: the channels' variances, and how far their means lie apart
+        std = torch.rsqrt((variances + (means - mean[:, None]).square()).mean(1) + module.eps)
         mean, std = (t.repeat_interleave(channels // len(t)) for t in (mean, std))
         weight = 1.0 if module.weight is None else module.weight.double()
-        shift = -mean * std * weight + (0.0 if module.bias is None else module.bias.double())
-        return torch.cat([std * weight, shift])[None, :, None, None]
+        shift = torch.zeros_like(mean) if module.bias is None else module.bias.double()
+        return torch.cat([mean, std * weight, shift])[None, :, None, None]
 
     ctx.vector(f"{name}_scale", scale, (moments,))
 
-    def apply(t: Tensor, both: Tensor) -> Tensor:
-        channels = t.shape[1]
-        return t * both[:, :channels].to(t) + both[:, channels:].to(t)
+    def apply(t: Tensor, scale: Tensor) -> Tensor:
+        wide = torch.float32 if t.dtype is torch.bfloat16 else t.dtype
+        mean, factor, shift = torch.split(scale.to(t.device, wide), t.shape[1], 1)
+        return torch.addcmul(shift, t.to(wide) - mean, factor)
 
-    ctx.map(op.Pointwise(apply), (x,), (f"{name}_scale",))
+    operation = op.Pointwise(apply)
+    operation.own_form = True
+    ctx.map(operation, (x,), (f"{name}_scale",))
 
 
 # ---- views
@@ -595,7 +622,7 @@ def _view(ctx: Context, x: Any, *shape: Any) -> None:
             raise ValueError(f"view{tuple(want)} of a map {(n, c, h, w)} cannot be streamed; channels must stay")
         return op.Pointwise(lambda t: t, linear=True)
 
-    ctx.map(op.Pointwise(lambda t: t, linear=True), (x,), make=make)
+    ctx.map(op.Pointwise(lambda t: t, linear=True), (x,), make=make, view=True)
     ctx.builder.flat.discard(ctx.node)
     if flat:
         ctx.builder.flat.add(ctx.node)
@@ -604,9 +631,20 @@ def _view(ctx: Context, x: Any, *shape: Any) -> None:
 def _group(ctx: Context, x: Any, shape: tuple[Any, ...]) -> None:
     """view(n, g, c // g, h, w): channels in groups."""
     sizes = [s if isinstance(s, int) else -1 for s in shape[1:3]]
+    source = ctx.value(x)
+
+    def make(known: Any, inputs: Any) -> op.Operation:
+        n, c, h, w = known[source]
+        want = [int(s) for s in ctx.resolve(shape, known)]
+        groups = [(c // want[2] if want[1] == -1 else want[1]), (c // want[1] if want[2] == -1 else want[2])]
+        full = [n, *groups, h, w]
+        if groups[0] * groups[1] != c or any(a not in (-1, b) for a, b in zip(want, full, strict=True)):
+            raise ValueError(f"view{tuple(want)} of a map {(n, c, h, w)} cannot be streamed; positions must stay")
+        return op.Pointwise(lambda t: t, linear=True)
+
     if all(s > 0 for s in sizes):
         sizes[1] = -1
-    ctx.alias(x)
+    ctx.map(op.Pointwise(lambda t: t, linear=True), (x,), make=make, view=True)
     ctx.builder.arranged[ctx.node] = Arrangement("groups", lambda t: t.reshape(1, *sizes, *t.shape[2:]))
 
 

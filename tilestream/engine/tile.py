@@ -113,7 +113,7 @@ def forward(
         if save:
             saved = {"nothing": None, "input": inputs}.get(kept)
             save(node, kept, result > 0 if kept == "sign" else place if kept == "winners" else saved)
-        if kept == "input":
+        if kept == "input" or any(_shares(result, x) for x in inputs):  # the tape, or a view, still wants its values
             free.difference_update(node.inputs)
         if isinstance(operation, FRESH) or (isinstance(operation, ReLU) and alone):
             free.add(node.name)
@@ -121,6 +121,11 @@ def forward(
         del inputs, result
         keep_under(limit_bytes)
     return {name: values[name] for name in wanted}
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class Gradients:

@@ -69,6 +69,8 @@ class Network:
     """The vector of logits, or the map, that the network returns."""
     linear: bool = True
     """Whether all from the reductions to the logits is linear, and all reductions are means of maps of level 0."""
+    clamped: bool = False
+    """Whether a rectifier is among the vectors, where only the gradient's own rule is known."""
     parameters: list[nn.Parameter] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     """Of parameters, vectors and results."""
@@ -123,6 +125,8 @@ class Network:
             visit(name)
         network = replace(self, nodes=[bound[name] for name in nodes], extents=extents)
         network.vectors = [replace(v, call=partial(_constant, known[v.name])) if v.static else v for v in self.vectors]
+        if any(v.static for v in self.vectors):
+            check_vectors(network, "the network")
         return network
 
     def evaluate(self, env: dict[str, Any], level: int) -> None:
@@ -176,11 +180,49 @@ class _Proxy(fx.Proxy):
 
     __iadd__, __isub__ = _recorded(operator.iadd), _recorded(operator.isub)
     __imul__, __itruediv__ = _recorded(operator.imul), _recorded(operator.itruediv)
+    __ipow__, __ifloordiv__, __imod__ = (_recorded(f) for f in (operator.ipow, operator.ifloordiv, operator.imod))
 
 
 class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+
+def check_vectors(network: Network, what: str) -> None:
+    """Runs the vectors on zeros: what comes out must be logits, what goes back to maps must be one value a channel."""
+    channels = network.channels_of()
+    env: dict[str, Any] = {
+        name: r.shaped(torch.zeros(r.size(), dtype=network.dtype, device=network.device))
+        for name, r in network.reductions.items()
+    }
+    try:
+        with torch.no_grad():
+            for level in range(network.levels()):
+                network.evaluate(env, level)
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{what}: what it computes of pooled values fails on those that are streamed: {why}"
+        ) from error
+    for node in network.nodes:
+        for name in node.vectors:
+            value = env[name]
+            if not isinstance(value, Tensor) or node.operation.own_form:
+                continue
+            flat = node.operation.flat
+            wide = value.shape[-1:] if flat else value.shape[-2:]
+            count = value.shape[-2 if flat else -3] if value.ndim >= (2 if flat else 3) else 1
+            if any(n > 1 for n in wide) or value.ndim > (3 if flat else 4) or count not in (1, node.channels):
+                raise ValueError(
+                    f"{node.path or node.name}: a map of {node.channels} channels meets a vector of shape "
+                    f"{tuple(value.shape)}; only one value a channel, (N, C, 1, 1), can be streamed"
+                )
+    if network.output in channels:
+        return
+    logits = env[network.output]
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        raise ValueError(f"{what}.forward gives {shape}; it must give logits (N, num_classes) or a map")
 
 
 class _Builder:
@@ -202,6 +244,8 @@ class _Builder:
         """Maps whose positions were flattened into one dimension."""
         self.arranged: dict[fx.Node, supported.Arrangement] = {}
         """Maps that the code sees with their dimensions in another order, or their channels in groups."""
+        self.views: set[str] = set()
+        """Maps that share memory with another one in the user's code: both change when one is overwritten."""
         self.tuples: dict[fx.Node, list[str]] = {}
         self.levels: dict[str, int] = {image: 0}
         self.static: set[fx.Node] = set()
@@ -209,6 +253,7 @@ class _Builder:
         self.network.parameters = list(net.parameters())
 
     def build(self) -> Network:
+        self._refuse_outer_hooks()
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 continue
@@ -229,7 +274,8 @@ class _Builder:
         self._prune()
         self.network.nodes.sort(key=lambda n: n.level)
         self._measure()
-        self._check()
+        if not any(v.static for v in self.network.vectors):  # else once the image's extent is known
+            check_vectors(self.network, type(self.net).__name__)
         return self.network
 
     def target(self, node: fx.Node) -> Any:
@@ -243,6 +289,7 @@ class _Builder:
         self.levels[node.name] = level
         if inputs and node not in self.static:
             self.network.linear = self.network.linear and supported.is_linear(self.target(node))
+            self.network.clamped = self.network.clamped or supported.is_relu(self.target(node))
         self.network.vectors.append(Vector(node.name, self._caller(node), level, node in self.static))
 
     def _caller(self, node: fx.Node) -> Callable[[Mapping[str, Any]], Any]:
@@ -284,6 +331,18 @@ class _Builder:
         target = self.target(node)
         if isinstance(target, nn.Module) and supported.has_hooks(target):
             raise self.refusal(node, "has hooks, which cannot be streamed; remove them first")
+
+    def _refuse_outer_hooks(self) -> None:
+        """What torch.fx does not see: hooks of the network itself, hooks on gradients, methods that were replaced."""
+        for path, module in self.net.named_modules():
+            hooks = [module._backward_hooks, module._backward_pre_hooks]
+            if module is self.net:
+                hooks += [module._forward_hooks, module._forward_pre_hooks]
+            if any(hooks) or "forward" in vars(module):
+                raise ValueError(
+                    f"{path or '(root)'}: {type(module).__name__}: has hooks, or a forward of its own, which cannot be "
+                    "streamed; remove them first"
+                )
 
     def _prune(self) -> None:
         """Drops nodes, reductions and vectors that the result does not depend on."""
@@ -336,32 +395,6 @@ class _Builder:
             if channels[first.inputs[0]] == wanted:
                 return count
         raise ValueError(f"{first.path or first.name}: no number of image channels gives it the {wanted} that it reads")
-
-    def _check(self) -> None:
-        """Runs the vectors on zeros: what comes out must be logits, what goes back to maps must be one pixel each."""
-        network, channels = self.network, self.network.channels_of()
-        if any(v.static for v in network.vectors):
-            return  # known only with the image's extent
-        env: dict[str, Any] = {
-            name: r.shaped(torch.zeros(r.size(), dtype=network.dtype, device=network.device))
-            for name, r in network.reductions.items()
-        }
-        with torch.no_grad():
-            for level in range(network.levels()):
-                network.evaluate(env, level)
-        for node in network.nodes:
-            for name in node.vectors:
-                value = env[name]
-                spatial = value.shape[2 if value.ndim > 3 else 1 :] if isinstance(value, Tensor) else ()
-                if any(n > 1 for n in spatial):
-                    raise ValueError(f"{node.path or node.name}: meets a map with {tuple(value.shape)}; only one "
-                                     "value a channel, (N, C, 1, 1), can be streamed")  # fmt: skip
-        if network.output in channels:
-            return
-        logits, what = env[network.output], type(self.net).__name__
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
-            raise ValueError(f"{what}.forward gives {shape}; it must give logits (N, num_classes) or a map")
 
     def path(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -426,14 +459,18 @@ class _Context:
 
     def map(
         self, operation: Operation, inputs: tuple[Any, ...], vectors: tuple[str, ...] = (), *,
-        make: Any = None, name: str | None = None, overwrites: bool = False,
+        make: Any = None, name: str | None = None, overwrites: bool = False, view: bool = False,
     ) -> str:  # fmt: skip
         """Appends a step over maps; returns the name of its result, which is the node's value unless it has a name."""
         builder, own = self.builder, name or self.node.name
         values = tuple(i if isinstance(i, str) else builder.maps[i] for i in inputs)
         level = max([builder.levels[v] for v in values] + [builder.levels[v] for v in vectors if v in builder.levels])
+        if overwrites and values[0] in builder.views:
+            raise ValueError("overwrites a map of which another value is a view; use the form that is not in place")
         if overwrites:  # who reads the input from now on, under whatever name, sees the result
             builder.maps.update({other: own for other, value in builder.maps.items() if value == values[0]})
+        if view:
+            builder.views |= {own, values[0]}
         builder.levels[own] = level
         self.network.linear &= not vectors
         self.network.nodes.append(

@@ -1,0 +1,395 @@
+"""What a review found to be silently wrong: now equal to plain PyTorch, or refused by name."""
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tilestream.engine import stream
+
+SIZE = (61, 83)
+
+
+class Net(nn.Module):
+    """A convolution, what `step` does to its map, and a linear head on means."""
+
+    def __init__(self, step, channels: int = 4, head=None):
+        super().__init__()
+        self.conv, self.step, self.fc = nn.Conv2d(3, 4, 3, padding=1), step, head or nn.Linear(channels, 2)
+
+    def forward(self, x):
+        return self.fc(self.step(self.conv(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def image():
+    return torch.randn(3, *SIZE, dtype=torch.float64)
+
+
+@pytest.fixture
+def equal(whole, check_gradients, image):
+    """Streamed in tiles of 16 px equals plain PyTorch."""
+
+    def run(net: nn.Module, size=SIZE, tile: int = 16) -> None:
+        torch.manual_seed(1)
+        net.double().eval()
+        x = torch.randn(3, *size, dtype=torch.float64)
+        logits, gradient = whole(net, x, 1)
+        check_gradients(net, x, stream(net, tile=tile), logits, gradient)
+
+    return run
+
+
+def refused(net: nn.Module, match: str, shape=(3, *SIZE)) -> None:
+    net.double().eval()
+    with pytest.raises(ValueError, match=match):
+        stream(net, tile=16)(torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda y: torch.cat([y[:, :2], F.relu(y)[:, 2:]], 1),
+        lambda y: torch.cat([y.chunk(2, 1)[0], y.chunk(2, 1)[1]], 1) + F.relu(y),
+        lambda y: torch.cat([F.gelu(y[:, :2]), F.relu(y)[:, :2]], 1),
+    ],
+)
+def test_a_rectifier_leaves_views_of_its_input_alone(equal, step):
+    equal(Net(step))
+
+
+def test_a_rectifier_leaves_a_flattened_map_alone(equal):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.conv(x)
+            pooled = y.view(y.shape[0], 4, -1).mean(-1)
+            return self.fc(torch.cat([pooled, F.relu(y).mean((2, 3))], 1))
+
+    equal(Flat())
+
+
+def in_place(name):
+    def first(y):
+        a = y[:, :2]
+        a.relu_()
+        return y * 1
+
+    def second(y):
+        a = y[:, :2]
+        y.mul_(3.0)
+        return torch.cat([a, y[:, 2:]], 1)
+
+    def third(y):
+        v = y.view(y.shape[0], 4, -1)
+        v.mul_(2.0)
+        return y * y
+
+    def power(y):
+        z = y
+        y **= 2
+        return z + y
+
+    return {"first": first, "second": second, "third": third, "power": power}[name]
+
+
+@pytest.mark.parametrize("name", ["first", "second", "third", "power"])
+def test_writing_on_a_map_that_has_views_is_refused(name):
+    refused(Net(in_place(name)), "overwrites a map of which another value is a view|cannot be streamed exactly")
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda y: y.view(y.shape[0], 4, 2, -1, y.shape[3]).transpose(1, 2).reshape(y.shape),
+        lambda y: y.view(y.size(0), 2, 2, y.size(2), y.size(3)).transpose(1, 2).reshape(1, 4, y.size(3), y.size(2)),
+    ],
+)
+def test_views_that_move_positions_are_refused(view):
+    refused(Net(view), "cannot be streamed|can be streamed|can only be joined again", (3, 60, 84))
+
+
+@pytest.mark.parametrize("kernel", [(129, 2), (1, 257)])
+def test_windows_beyond_what_a_winners_place_can_say_are_refused(kernel):
+    refused(Net(nn.MaxPool2d(kernel, 1)), "max pooling over up to", (3, 300, 300))
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(3, 1, dilation=70), nn.MaxPool2d((1, 3), 1, dilation=(1, 140)), nn.MaxPool2d((128, 2), 1)]
+)
+def test_wide_windows(equal, pool):
+    equal(Net(pool), (170, 310) if pool.dilation != 70 else (170, 170), 64)
+
+
+@pytest.mark.parametrize("factor", [1.1, 1.3, 0.7])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_resampling_by_odd_factors(equal, factor, mode):
+    equal(Net(lambda y: F.interpolate(y, scale_factor=factor, mode=mode)), tile=1000)
+    equal(Net(lambda y: F.interpolate(y, scale_factor=factor, mode=mode)), (9, 9), 1000)
+
+
+def test_equals_share_the_gradient_of_amax(equal):
+    class Masked(Net):
+        def forward(self, x):
+            return self.fc(torch.clamp(self.conv(x), max=0.1).amax((2, 3)))
+
+    equal(Masked(None))
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)])
+def test_norms_of_maps_far_from_zero(whole, image, norm):
+    """float64 itself leaves twelve digits less the four of the mean."""
+    net = Net(nn.Sequential(norm, nn.Tanh())).double().eval()
+    nn.init.constant_(net.conv.bias, 1e4)
+    logits, gradient = whole(net, image, 1)
+    streamed = stream(net, tile=16)
+    torch.testing.assert_close(streamed(image).detach(), logits, rtol=1e-10, atol=1e-10)
+    got = torch.from_numpy(streamed.saliency(image, reduce=None).numpy())
+    assert (got - gradient).abs().max() < 1e-10 * gradient.abs().max()
+
+
+def hooked(kind):
+    net = Net(nn.ReLU())
+    {
+        "forward": lambda: net.register_forward_hook(lambda m, i, o: o * 2),
+        "pre": lambda: net.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
+        "backward": lambda: net.conv.register_full_backward_hook(lambda m, gi, go: None),
+        "patched": lambda: setattr(net.conv, "forward", lambda x: x),
+    }[kind]()
+    return net
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward", "patched"])
+def test_hooks_anywhere_are_refused(kind):
+    refused(hooked(kind), "has hooks")
+
+
+class Head(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.conv, self.fc, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), head
+
+    def forward(self, x):
+        return self.head(self.fc(self.conv(x).mean((2, 3))), x)
+
+
+def without_gradient(z, x):
+    with torch.no_grad():
+        half = z * 0.5
+    return z + half
+
+
+@pytest.mark.parametrize(
+    ("head", "match"),
+    [
+        (lambda z, x: z.softmax(0), "looks at the whole batch"),
+        (lambda z, x: z - z.mean(0, keepdim=True), "looks at the whole batch"),
+        (lambda z, x: z / x.shape[0], "looks at the whole batch"),
+        (lambda z, x: z.mean(0, keepdim=True), "for a batch of two"),
+        (without_gradient, "has other gradients in plain PyTorch"),
+    ],
+)
+def test_what_tracing_cannot_see_is_refused(head, match):
+    refused(Head(head), match)
+
+
+CHANGES = {
+    "data": lambda net: net.conv.weight.data.mul_(1.5),
+    "numpy": lambda net: net.conv.weight.detach().numpy().__imul__(1.5),
+    "module": lambda net: setattr(net, "step", nn.GELU()),
+    "stride": lambda net: setattr(net.conv, "padding", (0, 0)),
+    "eps": lambda net: setattr(net.norm, "eps", 3.0),
+    "number": lambda net: setattr(net, "factor", 5.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_network_changed_afterwards_is_traced_anew(name, image):
+    class Changing(Net):
+        def __init__(self):
+            super().__init__(nn.ReLU())
+            self.norm, self.factor = nn.BatchNorm2d(4), 2.0
+
+        def forward(self, x):
+            return self.fc(self.step(self.norm(self.conv(x))).mean((2, 3)) * self.factor)
+
+    net = Changing().double().eval()
+    streamed = stream(net, tile=16)
+    before = streamed(image)
+    CHANGES[name](net)
+    net.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(image).detach(), net(image[None]), rtol=1e-11, atol=0)
+    assert not torch.equal(before, streamed(image))
+
+
+def test_a_loss_of_nothing_adds_its_gradient_once(image):
+    net = Net(nn.ReLU(), head=nn.Linear(4, 1)).double().eval()
+    loss = lambda z: (z - z.detach()).sum()  # noqa: E731
+    stream(net, tile=16).backward(image, loss)
+    got = net.conv.weight.grad.clone()
+    net.zero_grad()
+    loss(net(image[None])).backward()
+    torch.testing.assert_close(got, net.conv.weight.grad, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["guided", "deconv"])
+def test_rectifiers_behind_the_pooling_are_not_clamped_but_refused(method, image):
+    net = Net(nn.ReLU(), head=nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))).double().eval()
+    with pytest.raises(ValueError, match="has others behind its pooling"):
+        stream(net, tile=16).saliency(image, method=method)
+
+
+def test_around_a_call(image):
+    net = Net(nn.ReLU()).double().eval()
+    streamed = stream(net, tile=16)
+    want = streamed.saliency(image).numpy()
+    assert np.abs(want).max() > 0
+    with torch.inference_mode():
+        np.testing.assert_array_equal(streamed.saliency(image).numpy(), want)
+    single = stream(copy.deepcopy(net).float(), tile=16)
+    want = single.saliency(image.float()).numpy()
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(single.saliency(image.float()).numpy(), want)
+        single.backward(image.float(), lambda z: z.float().sum())
+
+
+def test_threads_do_not_meet_in_one_streamed_network(image):
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.PReLU(4),
+        nn.ConvTranspose2d(4, 4, 2, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    net.double().eval()
+    streamed = stream(net, tile=16)
+    loss = lambda z: z.square().sum()  # noqa: E731
+    loss(net(image[None])).backward()
+    want = [8 * p.grad for p in net.parameters()]
+    net.zero_grad()
+    errors = []
+
+    def one() -> None:
+        try:
+            for _ in range(2):
+                streamed.backward(image, loss)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    for p, w in zip(net.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, w, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_overwritten_before_going_back_is_told(image):
+    net = Net(nn.ReLU()).double().eval()
+    streamed = stream(net, tile=16)
+    x = image.clone().requires_grad_()
+    z = streamed(x).sum()
+    with torch.no_grad():
+        x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()
+    x = image.clone().requires_grad_()
+    (g,) = torch.autograd.grad(streamed(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        g.sum().backward()
+
+
+def test_hooks_of_parameters(image):
+    net = Net(nn.ReLU()).double().eval()
+    seen = []
+    net.fc.bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    stream(net, tile=16).backward(image, lambda z: z.sum())
+    assert torch.equal(seen[0], net.fc.bias.grad)
+    net.conv.weight.register_hook(lambda g: g * 5)
+    with pytest.raises(ValueError, match=r"conv.weight has hooks"):
+        stream(net, tile=16)(image)
+
+
+def test_cancelled_batches_add_nothing(image):
+    net = Net(nn.ReLU(), head=nn.Linear(4, 3)).double().eval()
+    images, seen = torch.stack([image] * 3), []
+    streamed = stream(net, tile=16)
+    streamed.backward(images, lambda z: z.square().sum(), progress=lambda *at: seen.append(at))
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1][0] == seen[-1][1]
+    net.zero_grad()
+
+    def stop(done: int, of: int) -> None:
+        if done == len(seen) - 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        streamed.backward(images, lambda z: z.square().sum(), progress=stop)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_layer_scale_in_a_network_that_gives_a_map(image):
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(3, 4, 3), nn.Parameter(torch.rand(1, 4, 1, 1))
+
+        def forward(self, x):
+            return self.conv(x) * self.scale / x.shape[2]
+
+    net = Dense().double().eval()
+    streamed = stream(net, tile=16)
+    loss = lambda z: z.square().sum()  # noqa: E731
+    streamed.backward(image, loss)
+    got = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    loss(net(image[None])).backward()
+    for g, p in zip(got, net.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-11, atol=1e-14)
+    for wrong in ((4, *SIZE), (1, 4, 59, 81), (4, 5, 5)):
+        with pytest.raises(ValueError, match=r"upstream.shape=.* must be \(4, 59, 81\)"):
+            streamed.saliency(image, upstream=torch.ones(wrong))
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (lambda y: y[:, :1] * torch.ones(1, 4, 1, 1, dtype=y.dtype), "fails on those that are streamed"),
+        (lambda y: y.chunk(3, 1)[-1] + y[:, :2], "4 channels in 3 chunks are fewer than 3"),
+    ],
+)
+def test_channels_that_do_not_fit(step, match):
+    refused(Net(step), match)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda net, x: stream(net, tile="16"), "tile='16' must be the side of the tiles"),
+        (lambda net, x: stream(net, tile=0), "tile=0 must be the side of the tiles"),
+        (lambda net, x: stream(net).saliency(x, target=1.0), "target=1.0 must be the number of a logit"),
+        (lambda net, x: stream(net)([[1]]), "image is a list; give an array or tensor"),
+        (lambda net, x: stream(net).backward(x, lambda z: torch.zeros(())), "does not depend on the logits"),
+    ],
+)
+def test_arguments_of_other_kinds(call, match, image):
+    with pytest.raises(ValueError, match=match):
+        call(Net(nn.ReLU()).double().eval(), image)
+
+
+def test_a_streamed_network_travels(image):
+    streamed = stream(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval(), tile=16)
+    again = pickle.loads(pickle.dumps(streamed))
+    assert torch.equal(again(image), streamed(image))

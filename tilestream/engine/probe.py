@@ -1,0 +1,130 @@
+"""Is what was traced what the network computes? Asked once, of a small image, for what tracing cannot see.
+
+Python code that runs while the network is traced leaves no trace of its own: gradients that it switches off, values
+that it writes past autograd, a head that looks at the whole batch. So a new network is run plainly, over two small
+images of noise, and compared.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tilestream.geometry import Region
+
+from .passes import Pass
+from .planner import Planner, cut
+from .scratch import Scratch
+from .trace import Network
+
+SIDES_PX = (64, 96, 160, 256, 512)
+"""The first that the network takes."""
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.float16: 0.1}
+"""Of the results' maximum; of gradients' norms ten times as much, for rounding flips rectifiers."""
+
+
+def check_against_plain(net: nn.Module, network: Network) -> None:
+    """ValueError where plain PyTorch gives other results, gradients of the image or of parameters than the engine."""
+    for side in SIDES_PX:
+        generator = torch.Generator().manual_seed(side)
+        images = torch.randn((2, network.channels, side, side + 7), generator=generator, dtype=torch.float64)
+        images = images.to(network.device, network.dtype)
+        try:
+            bound = network.bind((side, side + 7))
+            with torch.no_grad():
+                net(images[:1].clone())
+        except (ValueError, RuntimeError):  # it wants a larger image
+            continue
+        try:
+            with torch.no_grad():
+                net(images.clone())
+        except RuntimeError:  # it takes one image at a time
+            images = images[:1]
+        _compare(net, bound, images)
+        return
+
+
+def _compare(net: nn.Module, network: Network, images: Tensor) -> None:
+    name, tolerance = f"{type(net).__name__}.forward", TOLERANCE.get(network.dtype, 0.1)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    plain, weight, wanted = _plain(net, images, parameters)
+    works = [_Work(network, image) for image in images]
+    try:
+        made = torch.cat([work.result() for work in works])
+        if made.shape != plain.shape:
+            raise ValueError(
+                f"{name} gives {tuple(plain.shape)} for a batch of two, {tuple(made.shape)} for its images one by one; "
+                "a streamed network takes each image by itself"
+            )
+        if network.map_dtype != network.dtype or not bool(torch.isfinite(plain).all()):
+            return
+        if _norm(made - plain, math.inf) > tolerance * _norm(plain, math.inf):
+            raise ValueError(
+                f"{name} gives other results in plain PyTorch than traced; something in it cannot be seen by torch.fx, "
+                "or looks at the whole batch"
+            )
+        if wanted is None or not all(bool(torch.isfinite(g).all()) for g in wanted):
+            return
+        found = [work.gradients(weight, parameters) for work in works]
+    finally:
+        for work in works:
+            work.close()
+    total = [torch.stack(parts).sum(0) for parts in zip(*(f[1] for f in found), strict=True)]
+    got = [torch.stack([f[0] for f in found]), *total]
+    least = 1e-3 * max((_norm(g) for g in wanted[1:]), default=0.0)  # some are nothing but rounding
+    for mine, theirs in zip(got, wanted, strict=True):
+        if _norm(mine - theirs) > 10 * tolerance * max(_norm(theirs), least):
+            raise ValueError(
+                f"{name} has other gradients in plain PyTorch than traced; gradients that are switched off inside it, "
+                "or hooks, cannot be streamed"
+            )
+
+
+def _plain(net: nn.Module, images: Tensor, parameters: list[nn.Parameter]) -> Any:
+    """Results, weights for each of them, and the gradients of the images and the parameters (None: there are none)."""
+    x = images.clone().requires_grad_()
+    with torch.enable_grad(), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        try:
+            plain = net(x.clone())
+            one = plain[:1]
+            weight = torch.linspace(-1, 1, one.numel(), dtype=one.dtype, device=one.device).reshape(one.shape)
+            every = [x, *parameters]
+            wanted = torch.autograd.grad((plain * weight).sum(), every, allow_unused=True, materialize_grads=True)
+        except RuntimeError:  # it overwrites what plain autograd keeps: there is no gradient to compare with
+            wanted = None
+            with torch.no_grad():
+                plain = net(images.clone())
+                weight = plain[:1]
+    return plain.detach(), weight, wanted
+
+
+def _norm(t: Tensor, order: float = 2) -> float:
+    return float(torch.linalg.vector_norm(t.double(), order)) if t.numel() else 0.0
+
+
+class _Work:
+    """One image through the engine, in one tile a segment."""
+
+    def __init__(self, network: Network, image: Tensor) -> None:
+        planner = Planner(network, mode="scatter", want_weights=True, backward=True, mean=False, result_bytes=0)
+        self.image = image
+        self.work = Pass(network, cut(network, planner.plan(2**40, None).segments), image, Scratch(2**40))
+
+    def result(self) -> Tensor:
+        return self.work.result()
+
+    def gradients(self, upstream: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+        gradient = torch.zeros_like(self.image)
+
+        def write(region: Region, values: Tensor) -> None:
+            gradient[:, region.y0 : region.y1, region.x0 : region.x1] = values
+
+        self.work.back(upstream, write)
+        got = self.work.parameter_gradients(parameters)
+        return gradient, [torch.zeros_like(p) if g is None else g for g, p in zip(got, parameters, strict=True)]
+
+    def close(self) -> None:
+        self.work.close()
