@@ -258,6 +258,7 @@ def test_around_a_call(image):
     single = stream(copy.deepcopy(net).float(), tile=16)
     want = single.saliency(image.float()).numpy()
     with torch.autocast("cpu", torch.bfloat16):
+        stream(copy.deepcopy(net).float())(image.float())
         np.testing.assert_array_equal(single.saliency(image.float()).numpy(), want)
         single.backward(image.float(), lambda z: z.float().sum())
 

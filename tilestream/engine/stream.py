@@ -72,6 +72,7 @@ class Streamed(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_lock": threading.RLock()})  # type: ignore[no-untyped-call]
 
+    @as_it_stands
     def network(self) -> Network:
         """The traced network, traced anew if a parameter, a buffer, a module or a setting of one changed."""
         with self._lock:
