@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from tilestream.geometry import Plan, Region
 
 from . import supported
-from .allocator import resident_bytes, reused_buffers
+from .allocator import resident_bytes, reused_buffers, trim
 from .context import as_it_stands
 from .passes import Mode, Pass
 from .planner import Planner, cut, parse_bytes
@@ -77,11 +77,12 @@ class Streamed(nn.Module):
         """The traced network, traced anew if a parameter, a buffer, a module or a setting of one changed."""
         with self._lock:
             state = [*self.net.parameters(), *self.net.buffers()]
-            stamp = [(t.data_ptr(), t._version, t.dtype, t.device, *_sums(t)) for t in state], _settings(self.net)
+            stamp = [(t.data_ptr(), t._version, t.dtype, t.device, _bits(t)) for t in state], _settings(self.net)
             if stamp != self._stamp:
                 self._network = trace(self.net, self.precision)
                 if self._stamp is None or stamp[1] != self._stamp[1]:
                     check_against_plain(self.net, self._network)
+                    trim()
                 self._stamp = stamp
                 self._held = [t.detach() for t in state]  # or new weights could get the addresses of old ones
                 self._plans.clear()
@@ -98,11 +99,19 @@ class Streamed(nn.Module):
         predicted time unless given. Raises ValueError when the budget is too small (got, needed and the smallest
         that works) or the image is.
         """
+        self.network()
+        return self._planned(shape, reduce, method, weights, mode, backward, out)
+
+    def _planned(
+        self, shape: Sequence[int], reduce: Reduce | None = "mean", method: str = "gradient", weights: bool = False,
+        mode: Mode | None = None, backward: bool = True, out: bool = False,
+    ) -> Plan:  # fmt: skip
+        """`plan` by the network as it was traced last."""
         check(method, reduce)
-        if method != "gradient" and self.network().clamped:
+        if method != "gradient" and self._network.clamped:
             raise ValueError(f"method={method!r} clamps gradients at rectifiers on maps; this network has others "
                              "behind its pooling")  # fmt: skip
-        network = self.network().bind((int(shape[-2]), int(shape[-1])))
+        network = self._network.bind((int(shape[-2]), int(shape[-1])))
         if mode is None:
             modes: list[Mode] = ["scatter"] if weights or not backward else ["gather"]
             if (
@@ -162,7 +171,7 @@ class Streamed(nn.Module):
             raise ValueError(f"{named[0]} has hooks, which streaming under autograd would call twice; remove them, or "
                              "use backward(image, loss_fn)")  # fmt: skip
         run: Any = _Run.apply
-        shared = Scratch(self.plan(images[0].shape, weights=True).scratch_bytes, self.scratch)
+        shared = Scratch(self._planned(images[0].shape, weights=True).scratch_bytes, self.scratch)
         return torch.cat([run(self, shared, each, *parameters) for each in images])
 
     @as_it_stands
@@ -192,8 +201,8 @@ class Streamed(nn.Module):
         if not isinstance(target, int):
             raise ValueError(f"target={target!r} must be the number of a logit, an int")
         (source,) = self._images(image, one=True)
-        plan = self.plan(source.shape, reduce=reduce, method=method, mode=mode, out=out is not None)
-        network = self.network().bind(plan.image)
+        plan = self._planned(source.shape, reduce, method, mode=mode, out=out is not None)
+        network = self._network.bind(plan.image)
         shape = plan.image if reduce is not None else (network.channels, *plan.image)
         if out is not None and tuple(out.shape) != shape:
             raise ValueError(f"out.shape={tuple(out.shape)} must be {shape}, the shape of the saliency map")
@@ -232,8 +241,8 @@ class Streamed(nn.Module):
         images = self._images(image)
         if gradient is not None and tuple(gradient.shape) != tuple(image.shape):
             raise ValueError(f"gradient.shape={tuple(gradient.shape)} must be {tuple(image.shape)}, that of the image")
-        plan = self.plan(images[0].shape, weights=True)
-        network = self.network().bind(plan.image)
+        plan = self._planned(images[0].shape, weights=True)
+        network = self._network.bind(plan.image)
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         sinks = [_sink(gradient, i if len(image.shape) == 4 else None) for i in range(len(images))]
         scratch = Scratch(plan.scratch_bytes, self.scratch)
@@ -318,8 +327,8 @@ class Streamed(nn.Module):
     @reused_buffers()
     def _forward(self, image: Source, keep: Scratch | None = None) -> tuple[Tensor, Pass]:
         """The result, and the pass that made it, which can be gone back from if its maps are kept in `keep`."""
-        plan = self.plan(image.shape, weights=True) if keep else self.plan(image.shape, backward=False)
-        network = self.network().bind(plan.image)
+        plan = self._planned(image.shape, weights=True) if keep else self._planned(image.shape, backward=False)
+        network = self._network.bind(plan.image)
         work = self._pass(network, plan, image, scratch=keep)
         try:
             result = work.result()
@@ -331,6 +340,7 @@ class Streamed(nn.Module):
         return result, work
 
     def _images(self, image: Source, one: bool = False) -> list[Any]:
+        """The images of a call, which begins here: the network is traced anew if it has changed since the last."""
         channels = self.network().channels
         if not hasattr(image, "shape"):
             raise ValueError(f"image is a {type(image).__name__}; give an array or tensor, ({channels}, H, W)")
@@ -397,14 +407,12 @@ class _Ticker:
             self.progress(self.done, self.total)
 
 
-def _sums(t: Tensor) -> tuple[Any, Any]:
-    """Whether a tensor was written to past autograd's count of versions, as through `.data`."""
-    if not t.numel() or t.device.type == "meta":
-        return 0, 0
-    flat = t.detach().reshape(-1)
-    weights = torch.arange(1, 8, device=t.device).repeat(-(-len(flat) // 7))[: len(flat)].to(torch.float32)
-    values = flat.to(torch.float32)
-    return float(values.sum(dtype=torch.float64)), float(torch.dot(values, weights))
+def _bits(t: Tensor) -> int:
+    """The sum of a tensor's bits as integers: it tells writes that autograd's count of versions does not."""
+    if t.device.type == "meta" or t.is_complex():
+        return 0
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(t.detach().view(integers[t.element_size()]).sum())
 
 
 def _settings(net: nn.Module) -> list[Any]:
