@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import typing
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ StorePath = Annotated[str, typer.Argument(metavar="STORE", help="the data set: a
 
 STOP_S = 25.0
 """After a first signal to stop the process ends itself by force."""
+SAME_S = 0.5
+"""A second signal that comes so soon is the first one told twice, as `timeout` does it, to a process and its group."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -48,11 +51,16 @@ class Stopped(KeyboardInterrupt):
 def stoppable() -> Iterator[list[int]]:
     """The first SIGINT or SIGTERM raises Stopped in the main thread, a second one ends the process at once."""
     received: list[int] = []
+    first_s = 0.0
 
     def stop(number: int, frame: object) -> None:
+        nonlocal first_s
         if received:
-            os._exit(128 + number)
+            if time.monotonic() - first_s > SAME_S:
+                os._exit(128 + number)
+            return
         received.append(number)
+        first_s = time.monotonic()
         timer = threading.Timer(STOP_S, os._exit, [128 + number])
         timer.daemon = True
         timer.start()
