@@ -14,7 +14,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
-from tilestream.cluster import Job, connect, dashboard_link, run
+from tilestream.cluster import Job, connect, dashboard_link, run, tell
 
 
 def test_nothing_listens_beyond_loopback(client: Client) -> None:
@@ -139,6 +139,13 @@ def test_leaving_a_lost_scheduler_is_quick_and_quiet(dask_log: list[str]) -> Non
             process.kill()
             process.wait()
         remote.stderr.close()
+
+
+def test_what_is_told_when_the_cluster_is_gone_is_lost(client: Client) -> None:
+    late = Client(client.scheduler.address, set_as_default=False)
+    tell(late, "say", text="heard")
+    late.close()
+    tell(late, "say", text="lost")
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"threads": 0}])

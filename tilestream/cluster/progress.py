@@ -21,7 +21,7 @@ _PUBLISH_S = 1.0
 
 def tell(client: Client, action: str, **fields: Any) -> None:
     """An event for who watches: the dashboard's page, or any subscriber of TOPIC. A lost scheduler is no error here."""
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):  # a client that has given up has no scheduler to speak to
         client.log_event(TOPIC, {"action": action, **fields})
 
 
