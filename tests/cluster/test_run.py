@@ -176,6 +176,7 @@ def test_a_worker_that_takes_too_much_memory_is_ended_and_its_job_named(tmp_path
     assert "or its limit of memory" in str(errors[0])
 
 
+@pytest.mark.slow
 def test_jobs_that_hang_are_tried_again_alone(tmp_path: Path) -> None:
     def hang(name: str, times: int) -> str:
         tries = tmp_path / name

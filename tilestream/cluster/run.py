@@ -244,13 +244,12 @@ class _Cluster:
             raise ConnectionError(
                 f"for {self.stall_s:g} s no worker{needs} has been there to take the tasks; start some, then run again"
             )
-        with suppress(ValueError):  # a worker without a nanny cannot be restarted, only left alone
-            self.client.restart_workers(list(holding), timeout=30, raise_for_error=False)
         held = {str(key) for keys in holding.values() for key in keys}
         stuck = [token for token in self.futures if any(token in key for key in held)]
+        self.client.cancel([self.futures.pop(token) for token in stuck])  # first: or they would go to the new workers
+        with suppress(ValueError):  # a worker without a nanny cannot be restarted, only left alone
+            self.client.restart_workers(list(holding), timeout=30, raise_for_error=False)
         for token in stuck:
-            future = self.futures.pop(token)
-            self.client.cancel([future])
             where = ", ".join(worker for worker, keys in holding.items() if any(token in str(key) for key in keys))
             self.stalled.append((token, partial(_stall, f"nothing was done on {where} for {self.stall_s:g} s")))
         self.moved_s = time.monotonic()
