@@ -219,6 +219,18 @@ def test_tasks_take_what_they_ask_for(client: Client) -> None:
         run([Job.call("one", int)], client=client, window=1, on_result=lambda job, result: None, **asked)
 
 
+def test_others_work_is_left_alone(client: Client) -> None:
+    """Jobs that nobody takes, while another client's task runs for longer than the watchdog waits."""
+    with Client(client.scheduler.address, set_as_default=False) as other:
+        theirs = other.submit(time.sleep, 4, pure=False)
+        before = set(client.run(os.getpid).values())
+        asked = {"resources": {"GPU": 1.0}, "stall_s": 1.5}
+        with pytest.raises(ConnectionError, match="no worker with the resources"):
+            run([Job.call("one", int)], client=client, window=1, on_result=lambda job, result: None, **asked)
+        assert theirs.result(timeout=20) is None
+        assert set(client.run(os.getpid).values()) == before
+
+
 def test_what_is_done_when_a_run_is_interrupted_is_kept(client: Client) -> None:
     """Three short jobs end while the first result is looked at; the fourth is cancelled."""
     results = []

@@ -69,6 +69,7 @@ def test_encrypted_clusters_work_and_turn_plaintext_away(kind: str, credentials:
     ("address", "loopback"),
     [
         ("tcp://127.0.0.1:8786", True), ("localhost:8786", True), ("[::1]:8786", True), ("127.9.9.9", True),
+        ("::1", True), ("2001:db8::1", False),
         ("tcp://10.0.0.5:8786", False), ("0.0.0.0", False), ("host:8786", False), ("[::]:1", False), ("", False),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ from .connect import GPU, connect, dashboard_link, prepared, said_lost
 from .progress import Progress, progress, tell
 from .reduction import Reduction, graph, tile_done
 from .run import Job, Poison, run
-from .security import LOOPBACK, Tls
+from .security import LOOPBACK, Tls, check_place
 
 __all__ = [
     "GPU",
@@ -18,6 +18,7 @@ __all__ = [
     "Progress",
     "Reduction",
     "Tls",
+    "check_place",
     "connect",
     "dashboard_link",
     "graph",

@@ -17,7 +17,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin
 from distributed.comm import CommClosedError
 
-from .security import LOOPBACK, Tls, check_address, check_host, check_listeners
+from .security import LOOPBACK, Tls, check_listeners, check_place
 
 GPU = "GPU"
 """The resource that a worker with a GPU offers: a task on it takes one."""
@@ -75,14 +75,11 @@ def connect(
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    check_place(scheduler, host, tls)
     security = tls.security()
     if scheduler is None:
-        check_host(host, security)
         opened = _start(workers, threads, memory_limit, gpus, {"host": host, "security": security})
     else:
-        if tls.temporary:
-            raise ValueError("tls makes credentials for a new cluster; to join one give tls_ca, tls_cert and tls_key")
-        check_address(scheduler, security)
         opened = _join(scheduler, workers or 1, timeout_s, security, say)
     with opened as client, prepared(client, setup, ignore_interrupt=scheduler is None):
         yield client

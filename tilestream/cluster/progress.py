@@ -175,7 +175,7 @@ def progress(
 
     def show(text: str, ended: bool = False) -> None:
         line = json.dumps({"action": "state", **state.state(ended)}) if as_json else f"{title}: {text}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def changed() -> None:
         with lock:

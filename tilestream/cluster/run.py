@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from dask.delayed import Delayed
 from dask.system import CPU_COUNT
 from distributed import Client, KilledWorker, get_worker
+from distributed.comm import CommClosedError
 
 from .progress import TOPIC, Progress
 from .reduction import Reduction, graph
@@ -106,6 +107,8 @@ def run(
         failed = False
         try:
             result = outcome()
+        except CommClosedError:
+            raise ConnectionError("the scheduler is gone; see its log, then run again") from None
         except Exception as error:
             if isinstance(error, KilledWorker | _StalledError):
                 strikes = flight.strikes + 1
@@ -222,7 +225,7 @@ class _Cluster:
             self.moved_s = time.monotonic()
             if future.cancelled():
                 raise ConnectionError("the scheduler is gone or has cancelled our tasks; see its log, then run again")
-            return token, partial(_take, future)
+            return token, partial(_take, future, self.stall_s)
 
     def done(self) -> list[Ended]:
         found: list[Ended] = []
@@ -238,19 +241,22 @@ class _Cluster:
             raise ConnectionError("the scheduler is gone; see its log, then run again")
         if time.monotonic() - self.moved_s < self.stall_s:
             return
-        holding = {worker: keys for worker, keys in self.client.processing().items() if keys}
+        holding: dict[str, list[str]] = {}  # ours alone: others may use the cluster, too
+        for worker, keys in self.client.processing().items():
+            if mine := [str(key) for key in keys if any(_in_key(token, key) for token in self.futures)]:
+                holding[worker] = mine
         if not holding:
             needs = f" with the resources {dict(self.resources)}" if self.resources else ""
             raise ConnectionError(
                 f"for {self.stall_s:g} s no worker{needs} has been there to take the tasks; start some, then run again"
             )
-        held = {str(key) for keys in holding.values() for key in keys}
-        stuck = [token for token in self.futures if any(token in key for key in held)]
+        held = [key for keys in holding.values() for key in keys]
+        stuck = [token for token in self.futures if any(_in_key(token, key) for key in held)]
         self.client.cancel([self.futures.pop(token) for token in stuck])  # first: or they would go to the new workers
         with suppress(ValueError):  # a worker without a nanny cannot be restarted, only left alone
             self.client.restart_workers(list(holding), timeout=30, raise_for_error=False)
         for token in stuck:
-            where = ", ".join(worker for worker, keys in holding.items() if any(token in str(key) for key in keys))
+            where = ", ".join(worker for worker, keys in holding.items() if any(_in_key(token, key) for key in keys))
             self.stalled.append((token, partial(_stall, f"nothing was done on {where} for {self.stall_s:g} s")))
         self.moved_s = time.monotonic()
 
@@ -315,9 +321,16 @@ def _local_tick(progress: Progress | None, token: str) -> Callable[[], None] | N
     return None if progress is None else partial(progress.tick, token)
 
 
-def _take(future: Any) -> Any:
+def _in_key(token: str, key: Any) -> bool:
+    """Whether a task's key is of a job's graph: by the random end of the token, for names may be written otherwise."""
+    return token.rpartition("-")[2] in str(key)
+
+
+def _take(future: Any, limit_s: float | None = None) -> Any:
     try:
-        return future.result()
+        return future.result(limit_s)
+    except TimeoutError:  # it was lost with its workers, and nobody computes it again
+        raise _StalledError(f"its result could not be fetched for {limit_s:g} s") from None
     finally:
         future.release()  # at once: a failure's traceback would keep it, and all its tasks on the cluster, alive
 

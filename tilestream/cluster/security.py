@@ -59,6 +59,8 @@ def _temporary() -> Security:
 
 def is_loopback(address: str) -> bool:
     """Whether an address, with or without protocol and port, stays on this machine."""
+    if address.count(":") > 1 and not any(sign in address for sign in ("[", "://")):
+        address = f"[{address}]"  # IPv6
     try:
         host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -88,6 +90,17 @@ def check_address(scheduler: str, security: Security | None) -> None:
                 f"scheduler={scheduler!r} is beyond this machine and not encrypted; start it with TLS and give its "
                 "tls:// address, or reach it through a tunnel (ssh -L) on 127.0.0.1"
             )
+
+
+def check_place(scheduler: str | None, host: str, tls: Tls) -> None:
+    """ValueError, before anything is started, for what `connect` would refuse."""
+    security = Security(require_encryption=True) if tls.temporary else tls.security()
+    if scheduler is None:
+        check_host(host, security)
+    elif tls.temporary:
+        raise ValueError("tls makes credentials for a new cluster; to join one give tls_ca, tls_cert and tls_key")
+    else:
+        check_address(scheduler, security)
 
 
 def check_listeners(client: Client, say: Callable[[str], None]) -> None:

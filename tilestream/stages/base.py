@@ -19,7 +19,7 @@ from distributed import Client
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from tilestream.cluster import GPU, LOOPBACK, Tls, connect, dashboard_link, said_lost
+from tilestream.cluster import GPU, LOOPBACK, Tls, check_place, connect, dashboard_link, said_lost
 from tilestream.cluster.dashboard import install
 from tilestream.store import Store, is_url
 
@@ -38,7 +38,9 @@ class ClusterConfig(StageConfig):
         None, ge=1, description="worker processes (default: one a core); to join: how many to wait for"
     )
     threads: int = Field(1, ge=1, description="torch threads a worker; another number changes last bits")
-    memory: ByteSize = Field(ByteSize(2 * 2**30), description="budget of a tile task, like 800MiB (default: 2GiB)")
+    memory: ByteSize = Field(
+        ByteSize(2 * 2**30), gt=0, description="budget of a tile task, like 800MiB (default: 2GiB)"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where networks run; auto: GPUs that the workers offer, or those of this machine"
     )
@@ -88,6 +90,7 @@ class Context:
 
     def __post_init__(self) -> None:
         """Absolute paths: workers of a cluster that is joined were started in folders of their own."""
+        check_place(self.cluster.scheduler, self.cluster.host, self.cluster.encryption)
         if self.cluster.as_json:
             self.console = Console(soft_wrap=True)
         self.run = self.run.absolute()
@@ -162,14 +165,14 @@ class Context:
     def _record_address(self) -> None:
         """For `tilestream dashboard RUN`, while this run goes on."""
         path = self.run / "cluster.json"
-        if (self.run / "journal").is_dir():
+        if self.holding:
             write_json(path, {"dashboard": self.page, "holder": holder()})
             self._stack.callback(path.unlink, missing_ok=True)
 
     def say(self, line: str) -> None:
         """One line for the person, or the machine, that watches."""
         text = json.dumps({"action": "say", "text": line}) if self.cluster.as_json else line
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, emoji=False)
 
     @property
     def partial_path(self) -> Path:

@@ -25,7 +25,9 @@ def page_of(run: Path | None, cluster: ClusterConfig) -> str:
             return show_page(client)
     try:
         link = str(json.loads((run / "cluster.json").read_text())["dashboard"])
-    except (FileNotFoundError, NotADirectoryError):
+        if not link.startswith("http://127.0.0.1:"):
+            raise ValueError(link)
+    except (OSError, ValueError, LookupError, TypeError):
         raise ValueError(f"no run with a cluster goes on in {str(run)!r}; start one with --out {run}") from None
     try:
         urlopen(link, timeout=ANSWER_S).close()

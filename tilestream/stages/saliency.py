@@ -188,11 +188,13 @@ class _Pictures:
             return
         self.shown_s = time.monotonic()
         values = value.overview[:: max(1, value.overview.shape[0] // 400), :: max(1, value.overview.shape[1] // 400)]
-        low, high = np.quantile(values[np.isfinite(values)], [0.02, 0.999])
+        finite = values[np.isfinite(values)]
+        low, high = np.quantile(finite, [0.02, 0.999]) if finite.size else (0.0, 1.0)
         grey = (255 * np.clip((values - low) / max(high - low, 1e-30), 0, 1)).astype(np.uint8)
         colours = cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO)
         region = crop_region(extent, (value.peak.y_px, value.peak.x_px), 512)
-        crop = [region.y0 / extent[0], region.x0 / extent[1], region.y1 / extent[0], region.x1 / extent[1]]
+        edges = (region.y0 / extent[0], region.x0 / extent[1], region.y1 / extent[0], region.x1 / extent[1])
+        crop = [min(1.0, max(0.0, edge)) for edge in edges]
         png = base64.b64encode(cv2.imencode(".png", colours)[1].tobytes()).decode()
         fields = {"stage": self.context.name, "id": id, "png": png, "crop": crop, "value": value.peak.value}
         tell(self.context.client(), "picture", **self.context.labels, **fields)
