@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scipy.stats import rankdata
+from scipy.stats import bootstrap, norm, rankdata
 from sklearn import metrics as sklearn_metrics
+from sklearn.calibration import calibration_curve
 
 from tilestream.methods import metrics
+from tilestream.methods.bootstrap import resampled
 
 # Paper A, Table 4: rows decision, columns grade.
 TABLE_4 = np.array([[542, 201, 319, 7, 0], [17, 31, 64, 91, 77]])
@@ -109,7 +111,9 @@ def test_midranks_and_roc_points(drawn):
         assert rate_1 == pytest.approx(called[labels == 1].mean())
 
 
-@pytest.mark.parametrize("function", [metrics.auc, metrics.roc_points])
+@pytest.mark.parametrize(
+    "function", [metrics.auc, metrics.roc_points, metrics.auc_interval, metrics.average_precision, metrics.pr_points]
+)
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
     [
@@ -195,6 +199,152 @@ def test_grade_measures_equal_scikit_learn(pairs):
         theirs = sklearn_metrics.cohen_kappa_score(labels, decisions, labels=classes, weights="quadratic")
         assert ours == pytest.approx(theirs, abs=1e-12)
     assert metrics.within_one_grade(labels, decisions) == sum(abs(a - b) <= 1 for a, b in pairs) / len(pairs)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Labels, two scores that know something of them (in [0, 1], with ties), and patients of two photographs each."""
+    rng = np.random.default_rng(3)
+    labels = np.repeat(rng.random(60) < 0.4, 2).astype(int)
+    scores = np.round(np.clip(0.5 + 0.2 * (labels - 0.5) + rng.normal(0, 0.25, 120), 0, 1), 2)
+    others = np.round(np.clip(scores + rng.normal(0, 0.3, 120), 0, 1), 2)
+    return labels, scores, others, np.repeat(np.arange(60), 2)
+
+
+def test_weighted_statistics_are_those_of_repeated_samples(drawn):
+    labels, scores, _, _ = drawn
+    weights = np.random.default_rng(0).integers(0, 4, (5, len(labels))).astype(float)
+    areas, precisions = (f(labels, scores)(weights) for f in (metrics._weighted_auc, metrics._weighted_precision))
+    for row, area, precision in zip(weights.astype(int), areas, precisions, strict=True):
+        truth, called = np.repeat(labels, row), np.repeat(scores, row)
+        assert area == pytest.approx(sklearn_metrics.roc_auc_score(truth, called), abs=1e-12)
+        assert precision == pytest.approx(sklearn_metrics.average_precision_score(truth, called), abs=1e-12)
+
+
+def test_bootstrap_intervals_are_those_of_scipy(drawn):
+    labels, scores, others, _ = drawn
+    for ours, theirs in (
+        (metrics.auc_interval(labels, scores, draws=4000), sklearn_metrics.roc_auc_score),
+        (metrics.average_precision_interval(labels, scores, draws=4000), sklearn_metrics.average_precision_score),
+    ):
+        outside = bootstrap(
+            (labels, scores), theirs, paired=True, vectorized=False, n_resamples=1000, method="percentile", rng=1
+        ).confidence_interval
+        assert ours == pytest.approx((outside.low, outside.high), abs=0.012)  # two seeds differ by 0.01
+    low, high = metrics.auc_difference_interval(labels, scores, others, draws=4000)
+    paired = metrics.auc_difference(labels, scores, others)
+    assert (low, high) == pytest.approx((paired.low, paired.high), abs=0.012)
+
+
+def test_patients_are_drawn_whole(drawn):
+    labels, _, _, patients = drawn
+    scores = np.random.default_rng(1).random(60)[patients]  # photographs of a patient are all alike
+    apart, together = metrics.auc_interval(labels, scores), metrics.auc_interval(labels, scores, patients)
+    assert (together[1] - together[0]) / (apart[1] - apart[0]) == pytest.approx(math.sqrt(2), rel=0.1)
+    assert together == metrics.auc_interval(labels, scores, [f"p{999 - p}" for p in patients])
+    assert together != metrics.auc_interval(labels, scores, patients, seed=1)
+    blocks = list(resampled(patients, draws=3))
+    assert np.concatenate(blocks).shape == (3, 120)
+    assert (blocks[0][:, ::2] == blocks[0][:, 1::2]).all()
+    assert (blocks[0].sum(axis=1) == 120).all()
+
+
+def test_draws_do_not_depend_on_the_blocks_they_come_in(monkeypatch):
+    whole = np.concatenate(list(resampled(range(9), draws=20)))
+    monkeypatch.setattr("tilestream.methods.bootstrap._CELLS", 63)
+    np.testing.assert_array_equal(np.concatenate(list(resampled(range(9), draws=20))), whole)
+
+
+def test_no_spread_no_interval():
+    assert metrics.auc_interval([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4]) is None
+    assert metrics.auc_interval([0, 1], [0.3, 0.4], ["a", "a"]) is None
+    assert metrics.auc_difference([0, 0, 1, 1], [1, 2, 3, 4], [1, 2, 3, 4]) == metrics.Difference(0.0, None, None, None)
+    with pytest.raises(ValueError, match=r"groups has shape \(1,\), labels \(2,\)"):
+        metrics.auc_interval([0, 1], [0.3, 0.4], ["a"])
+
+
+@given(labelled_scores(), st.randoms())
+def test_paired_variance_equals_all_pairs(drawn, random):
+    labels, scores = drawn
+    others = np.array(random.sample(list(scores), len(scores)))
+    wins = [
+        (s[labels == 1][:, None] > s[labels == 0]) + 0.5 * (s[labels == 1][:, None] == s[labels == 0])
+        for s in (scores, others)
+    ]
+    m, n = wins[0].shape
+    rows, columns = (np.cov([w.mean(axis=a) for w in wins]) for a in (1, 0))
+    covariance = rows / m + columns / n
+    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    ours = metrics.auc_difference(labels, scores, others)
+    assert ours.value == pytest.approx(wins[0].mean() - wins[1].mean(), abs=1e-12)
+    if ours.low is not None:
+        assert ours.high - ours.low == pytest.approx(2 * metrics.Z_95 * math.sqrt(max(variance, 0)), abs=1e-6)
+        assert ours.p_value == pytest.approx(2 * norm.sf(abs(ours.value) / math.sqrt(variance)), rel=1e-5, abs=1e-12)
+    else:
+        assert variance == pytest.approx(0, abs=1e-12)
+
+
+@given(labelled_scores(least=1))
+def test_precision_and_recall_equal_scikit_learn(drawn):
+    labels, scores = drawn
+    expected = sklearn_metrics.average_precision_score(labels, scores)
+    assert metrics.average_precision(labels, scores) == pytest.approx(expected, abs=1e-12)
+    precision, recall, thresholds = metrics.pr_points(labels, scores)
+    assert len(precision) == len(recall) == len(thresholds) + 1
+    assert -np.sum(np.diff(recall) * precision[:-1]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_equals_scikit_learn(drawn):
+    labels, probabilities, _, _ = drawn
+    assert metrics.brier(labels, probabilities) == pytest.approx(
+        sklearn_metrics.brier_score_loss(labels, probabilities), abs=1e-12
+    )
+    curve = metrics.reliability(labels, probabilities, bins=8)
+    edges = np.isin(probabilities, np.linspace(0, 1, 9)[1:-1])  # scikit-learn puts these into the bin below
+    assert edges.any()
+    inside = metrics.reliability(labels[~edges], probabilities[~edges], bins=8)
+    shares, means = calibration_curve(labels[~edges], probabilities[~edges], n_bins=8)
+    assert [b.share for b in inside] == pytest.approx(shares)
+    assert [b.probability for b in inside] == pytest.approx(means)
+    assert sum(b.count for b in curve) == len(labels)
+    assert all(b.start <= b.probability <= b.stop and b.low <= b.share <= b.high for b in curve)
+    error = sum(b.count * abs(b.share - b.probability) for b in curve) / len(labels)
+    assert metrics.calibration_error(labels, probabilities, bins=8) == pytest.approx(error)
+
+
+def test_calibration_by_hand():
+    labels, probabilities = [0, 1, 1, 1], [0.1, 0.1, 0.9, 1.0]
+    curve = metrics.reliability(labels, probabilities, bins=5)
+    assert [(b.start, b.stop, b.count, b.share) for b in curve] == [(0, 0.2, 2, 0.5), (0.8, 1, 2, 1)]
+    assert metrics.calibration_error(labels, probabilities, bins=5) == pytest.approx((2 * 0.4 + 2 * 0.05) / 4)
+    assert metrics.brier(labels, probabilities) == pytest.approx((0.01 + 0.81 + 0.01 + 0) / 4)
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"probabilities\[1\]=.* must be in \[0, 1\]"):
+            metrics.brier([0, 1], [0.5, bad])
+
+
+def test_grade_measures():
+    rng = np.random.default_rng(2)
+    grades = rng.integers(0, 5, 300)
+    decisions = np.clip(grades + rng.integers(-2, 3, 300), 0, 4)
+    result = metrics.grade_measures(grades, decisions)
+    assert result["confusion"] == sklearn_metrics.confusion_matrix(grades, decisions).tolist()
+    assert result["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(grades, decisions))
+    assert result["within_one_grade"] == metrics.within_one_grade(grades, decisions)
+    assert result["class_accuracies"] == pytest.approx(sklearn_metrics.recall_score(grades, decisions, average=None))
+    assert result["kappa"] == pytest.approx(sklearn_metrics.cohen_kappa_score(grades, decisions, weights="quadratic"))
+
+    def kappa(a, b):
+        return sklearn_metrics.cohen_kappa_score(a, b, weights="quadratic")
+
+    outside = bootstrap(
+        (grades, decisions), kappa, paired=True, vectorized=False, n_resamples=500, method="percentile", rng=1
+    ).confidence_interval
+    assert (result["kappa_low"], result["kappa_high"]) == pytest.approx((outside.low, outside.high), abs=0.012)
+    json.dumps(result, allow_nan=False)
+    assert metrics.class_accuracies([0, 0, 3], [0, 1, 3], range(5)) == [0.5, None, None, 1.0, None]
+    with pytest.raises(ValueError, match="decision=5 is not among"):
+        metrics.grade_measures([1, 2], [1, 5])
 
 
 def test_classes_keep_their_order_and_strays_are_refused():
