@@ -1,10 +1,11 @@
-"""Networks, and the files that hold them: paper A's residual network, ResNet-18/34/50."""
+"""Networks, the files that hold them, and surgery: paper A's residual network, ResNet-18/34/50."""
 
 from .files import Model, build, convert, load_model, load_weights, save_model
 from .residual import ResidualBlock, ResidualNet
 from .resnet import ResNet, resnet18, resnet34, resnet50
+from .surgery import Windows, fully_convolutional
 
 __all__ = [
-    "Model", "ResNet", "ResidualBlock", "ResidualNet", "build", "convert", "load_model", "load_weights", "resnet18",
-    "resnet34", "resnet50", "save_model",
+    "Model", "ResNet", "ResidualBlock", "ResidualNet", "Windows", "build", "convert", "fully_convolutional",
+    "load_model", "load_weights", "resnet18", "resnet34", "resnet50", "save_model",
 ]  # fmt: skip
