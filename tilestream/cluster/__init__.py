@@ -6,6 +6,7 @@ one result, a `Job` names it, and `run` keeps a window of jobs in flight on a cl
 
 from .connect import GPU, connect, dashboard_link, prepared, said_lost
 from .progress import Progress, progress, tell
+from .ranks import Rank, RankLost, run_ranks
 from .reduction import Reduction, graph, tile_done
 from .run import Job, Poison, run
 from .security import LOOPBACK, Tls, check_place
@@ -16,6 +17,8 @@ __all__ = [
     "Job",
     "Poison",
     "Progress",
+    "Rank",
+    "RankLost",
     "Reduction",
     "Tls",
     "check_place",
@@ -25,6 +28,7 @@ __all__ = [
     "prepared",
     "progress",
     "run",
+    "run_ranks",
     "said_lost",
     "tell",
     "tile_done",
