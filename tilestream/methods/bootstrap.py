@@ -24,23 +24,30 @@ def interval(
     missing) are left out. None where the draws say nothing about the spread: fewer than two groups, more than half of
     the draws undefined, or all the same. The result depends on the seed, and not on how the groups are named.
     """
-    values = np.concatenate([statistic(weights) for weights in resampled(groups, seed, draws)])
-    values = values[~np.isnan(values)]
-    if len(values) < max(1, draws / 2) or values.min() == values.max():
+    return percentiles(np.concatenate([statistic(weights) for weights in resampled(groups, seed, draws)]))
+
+
+def percentiles(values: Floats) -> tuple[float, float] | None:
+    """The interval from a statistic's `values` (draws,): see `interval`."""
+    known = values[~np.isnan(values)]
+    if len(known) < max(1, len(values) / 2) or known.min() == known.max():
         return None
-    low, high = np.quantile(values, [0.025, 0.975])
+    low, high = np.quantile(known, [0.025, 0.975])
     return float(low), float(high)
 
 
-def resampled(groups: ArrayLike, seed: int = 0, draws: int = DRAWS) -> Iterator[Floats]:
-    """Weights (d, n) float64, in blocks of draws that add up to `draws`: how often each sample is in each draw."""
+def resampled(groups: ArrayLike, seed: int = 0, draws: int = DRAWS, cells: int = 0) -> Iterator[Floats]:
+    """Weights (d, n) float64, in blocks of draws that add up to `draws`: how often each sample is in each draw.
+
+    `cells`: numbers that a draw takes where they are more than n; blocks are smaller then.
+    """
     names = np.asarray(groups)
     if names.ndim != 1 or names.size == 0:
         raise ValueError(f"groups has shape {names.shape}; it must be (n,) with n >= 1")
     _, first, of_sample = np.unique(names, return_index=True, return_inverse=True)
     of_sample = np.argsort(np.argsort(first))[of_sample]  # numbered as they appear, whatever their names
     count, rng = len(first), np.random.default_rng(seed)
-    block = max(1, _CELLS // len(names))
+    block = max(1, _CELLS // max(len(names), cells))
     for start in range(0, draws, block):
         rows = min(block, draws - start)
         drawn = rng.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
