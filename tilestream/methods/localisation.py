@@ -111,13 +111,11 @@ def allowed_centres(
 ) -> Mask:
     """(H, W): which points a centre drawn at random may have.
 
-    Those that the rule with kappa = `border` leaves (see `Border`), inside the field of view where it is known.
-    ValueError where none is left, or for the circle rule without a field of view.
+    Those that the rule with kappa = `border` leaves (see `Border`; without a field of view it is the frame's), inside
+    the field of view where it is known. ValueError where none is left.
     """
-    if field is None and rule == "circle":
-        raise ValueError("rule='circle' needs a field of view, and none was found in this photograph; use rule='frame'")
     whole = Region.whole(extent)
-    if rule == "circle":
+    if field is not None and rule == "circle":
         return Border(extent, border, field).mask(whole)
     allowed = Border(extent, border).mask(whole)
     if field is not None:
