@@ -1,6 +1,7 @@
 """Random flips, rotation and colour, batch by batch, on the device that trains."""
 
 import math
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ def augment(images: Tensor, config: TrainingConfig, epoch: int, positions: np.nd
     Returns:
         (N, C, H, W) float32 on the same device.
     """
-    generators = [np.random.default_rng((config.seed, epoch, 1, int(position))) for position in positions]
-    draws = torch.tensor(np.stack([generator.random(6) for generator in generators]), dtype=torch.float32)
+    drawn = np.stack([_draws(config, epoch, int(position)) for position in positions])
+    draws = torch.tensor(drawn, dtype=torch.float32)
     flip_y, flip_x, *others = draws.to(images.device)[:, :, None, None, None].unbind(1)
     angle, brightness, contrast, saturation = (2 * other - 1 for other in others)
     if config.flips:
@@ -42,6 +43,46 @@ def augment(images: Tensor, config: TrainingConfig, epoch: int, positions: np.nd
         grey = images.mean(1, keepdim=True)
         images = grey + (images - grey) * (1 + config.colour * saturation)
     return images
+
+
+def _draws(config: TrainingConfig, epoch: int, position: int) -> np.ndarray:
+    return np.random.default_rng((config.seed, epoch, 1, position)).random(6)
+
+
+class Windows(Protocol):
+    """An image that is read in windows, (C, H, W)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+class Flipped:
+    """An image that is read in windows, (C, H, W), flipped as `augment` would flip it."""
+
+    def __init__(self, image: Windows, config: TrainingConfig, epoch: int, position: int) -> None:
+        self.image, self.shape = image, tuple(image.shape)
+        draws = torch.tensor(_draws(config, epoch, position)[:2], dtype=torch.float32)  # compared as `augment` does
+        self.flips = (draws < 0.5).tolist() if config.flips else [False, False]
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> np.ndarray:
+        """The window [:, y0:y1, x0:x1]."""
+        spans = [axis.indices(length)[:2] for axis, length in zip(index[1:], self.shape[1:], strict=True)]
+        places = [
+            slice(length - stop, length - start) if flip else slice(start, stop)
+            for flip, (start, stop), length in zip(self.flips, spans, self.shape[1:], strict=True)
+        ]
+        step_y, step_x = (-1 if flip else 1 for flip in self.flips)
+        block = np.asarray(self.image[(index[0], *places)])[:, ::step_y, ::step_x]
+        return np.ascontiguousarray(block)
+
+
+def check_flips_only(config: TrainingConfig) -> None:
+    """ValueError for augmentation that needs an image as a whole."""
+    for name in ("rotation_deg", "colour"):
+        if value := getattr(config, name):
+            raise ValueError(f"{name}={value} cannot be applied to photographs that are read in windows; use 0")
 
 
 def _rotate(images: Tensor, angle: Tensor) -> Tensor:

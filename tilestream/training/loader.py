@@ -4,14 +4,15 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tilestream.training.augment import augment
+from tilestream.training.augment import Flipped, augment
 from tilestream.training.config import TrainingConfig
+from tilestream.training.group import ALONE, Group
 
 
 class Examples(Protocol):
@@ -23,8 +24,8 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> np.ndarray:
-        """(C, H, W) float32, the same shape for every index."""
+    def __getitem__(self, index: int, /) -> Any:
+        """(C, H, W) float32, the same shape for every index; for streaming, any shape, read in windows."""
 
 
 class Cached:
@@ -56,10 +57,15 @@ class Loader:
     Batches are of equal size up to one, at most `config.batch_size`: batch normalisation needs more than one value a
     channel, so no batch of 1 is left over (with a batch size of 2 and an odd number, one batch holds 3). Neither
     order nor augmentation depends on the number of threads or on their timing. Two batches are read ahead.
+
+    Of a group's batches each process gets its part: the order and the augmentation are those of one process.
     """
 
-    def __init__(self, examples: Examples, config: TrainingConfig, epoch: int, device: torch.device) -> None:
+    def __init__(
+        self, examples: Examples, config: TrainingConfig, epoch: int, device: torch.device, group: Group = ALONE
+    ) -> None:
         self._examples, self._config, self._epoch, self._device = examples, config, epoch, device
+        self._group = group
         self.order = epoch_order(examples.labels, config, epoch)
         self._batches = np.array_split(np.arange(len(self.order)), batch_count(len(self.order), config.batch_size))
 
@@ -67,10 +73,26 @@ class Loader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = [self.order[places] for places in self._batches]
+        mine = [self._group.part(places) for places in self._batches]
+        batches = [self.order[places] for places in mine]
         read = read_batches(self._examples, batches, self._config.loader_threads, self._device)
-        for places, (images, labels) in zip(self._batches, read, strict=True):
+        for places, (images, labels) in zip(mine, read, strict=True):
             yield augment(images, self._config, self._epoch, places), labels
+
+    def whole(self) -> Iterator[tuple[list[Flipped], Tensor]]:
+        """The same with images that are read in windows, flipped at most."""
+        for places in map(self._group.part, self._batches):
+            order = self.order[places]
+            pairs = zip(order.tolist(), places.tolist(), strict=True)
+            images = [Flipped(self._examples[i], self._config, self._epoch, place) for i, place in pairs]
+            yield images, self._labels(order)
+
+    def labels(self) -> Iterator[Tensor]:
+        """The labels of whole batches, those of all processes."""
+        return (self._labels(self.order[places]) for places in self._batches)
+
+    def _labels(self, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(self._examples.labels, dtype=np.int64)[indices]).to(self._device)
 
 
 def batch_count(examples: int, batch_size: int) -> int:
