@@ -1,4 +1,16 @@
-"""Synthetic photographs: JPEG files, labels in EyePACS' form, lesions as label images and a table."""
+"""Synthetic photographs: JPEG files, labels in EyePACS' form, lesions as label images and a table.
+
+| file | what |
+| --- | --- |
+| `<n>_<eye>.jpeg` | a photograph, JPEG quality 85-93 |
+| `labels.csv` | `image` (name without ending), `level` (grade 0-4), a row a photograph |
+| `lesions/<n>_<eye>.png` | (H, W) uint8, each lesion's pixels in its kind's value, 0 elsewhere |
+| `legend.csv` | `value`, `kind`: what the values of label images mean |
+| `lesions.csv` | a row a lesion: `image`, `kind`, `y_px`, `x_px`, `radius_px`, `size_um`, `um_per_px` |
+
+A lesion's centre and the radius of the circle around it are in px of the photograph, (0, 0) the middle of the first
+pixel; `size_um` is the circle's diameter and `um_per_px` the photograph's scale, both on the retina.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +24,12 @@ import pandas as pd
 from pydantic import Field
 
 from tilestream.cluster import Job
-from tilestream.synthesis import BALANCED_SHARES, EYEPACS_SHARES, grades, photograph
+from tilestream.synthesis import BALANCED_SHARES, EYEPACS_SHARES, LESION_KINDS, grades, photograph
 
 from .base import Context, Stage, StageConfig, replacing
 from .jobs import run_jobs
+
+COLUMNS = ("image", "kind", "y_px", "x_px", "radius_px", "size_um", "um_per_px")
 
 
 class SynthConfig(StageConfig):
@@ -24,7 +38,7 @@ class SynthConfig(StageConfig):
     images: int = Field(20, ge=1, description="number of photographs")
     seed: int = Field(0, ge=0, description="seed; the same seed makes the same files")
     tier: Literal["realistic", "stress"] = Field(
-        "realistic", description="size of the smallest lesions: 20-60 um or 12-20 um"
+        "realistic", description="all lesions, the smallest 20-60 um; or none but of 12-20 um"
     )
     shares: Literal["balanced", "eyepacs"] = Field("balanced", description="shares of the grades")
     height_px: int | None = Field(
@@ -35,7 +49,7 @@ class SynthConfig(StageConfig):
 
 
 def run(config: SynthConfig, context: Context) -> None:
-    """Writes FOLDER/<n>_<eye>.jpeg, labels.csv (image, level), lesions.csv and lesions/<n>_<eye>.png."""
+    """Writes the files above into FOLDER: the same bytes whatever the number of workers; ValueError on half a size."""
     if (config.height_px is None) != (config.width_px is None):
         raise ValueError("height_px and width_px go together; give both or neither")
     folder = folder_of(config, context)
@@ -50,13 +64,11 @@ def run(config: SynthConfig, context: Context) -> None:
         for index, (name, level) in enumerate(zip(names, levels, strict=True))
     }
     run_jobs(context, "synth", names, lambda name: Job.call(name, make, *jobs[name]), tables.__setitem__)
-    lesions = pd.DataFrame(
-        [row for name in names for row in tables[name]], columns=["image", "kind", "y_px", "x_px", "radius_px"]
-    )
-    with replacing(folder / "lesions.csv") as temporary:
-        lesions.to_csv(temporary, index=False)
-    with replacing(folder / "labels.csv") as temporary:
-        pd.DataFrame({"image": names, "level": levels}).to_csv(temporary, index=False)
+    legend = {"value": range(1 + len(LESION_KINDS)), "kind": ["none", *LESION_KINDS]}
+    lesions = [row for name in names for row in tables[name]]
+    _table(folder / "legend.csv", pd.DataFrame(legend))
+    _table(folder / "lesions.csv", pd.DataFrame(lesions, columns=list(COLUMNS)))
+    _table(folder / "labels.csv", pd.DataFrame({"image": names, "level": levels}))
 
 
 def make(
@@ -75,6 +87,8 @@ def make(
             "y_px": round(s.y_px, 2),
             "x_px": round(s.x_px, 2),
             "radius_px": round(s.radius_px, 2),
+            "size_um": round(2 * s.radius_px * made.um_per_px, 1),
+            "um_per_px": round(made.um_per_px, 4),
         }
         for s in made.lesions
     ]
@@ -82,6 +96,11 @@ def make(
 
 def folder_of(config: SynthConfig, context: Context) -> Path:
     return context.run / config.folder
+
+
+def _table(path: Path, table: pd.DataFrame) -> None:
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False)
 
 
 def _write(path: Path, image: Any, options: list[int]) -> None:

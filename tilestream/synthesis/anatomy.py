@@ -54,8 +54,8 @@ def _retina(rng: np.random.Generator, eye: Eye, grid: Grid) -> Field:
     to_fovea = grid.distance(eye.fovea.imag, eye.fovea.real)
     to_disc = grid.distance(eye.disc.imag, eye.disc.real)
     around_disc = grid.angle(eye.disc.imag, eye.disc.real)
-    clouds = noise(rng, grid, 3.0) * 0.07 + noise(rng, grid, 1.1) * 0.022 + noise(rng, grid, 0.4) * 0.010
-    grain = noise(rng, grid, 0.12) * 0.010 + noise(rng, grid, 0.05) * 0.010
+    clouds = noise(rng, grid, 3.0) * np.float32(rng.uniform(0.03, 0.12)) + noise(rng, grid, 1.1) * 0.022 + noise(rng, grid, 0.4) * 0.010
+    grain = (noise(rng, grid, 0.12) + noise(rng, grid, 0.05)) * np.float32(rng.uniform(0.008, 0.018))
     warm = noise(rng, grid, 2.2) * 0.05
     warped = grid.angle(eye.fovea.imag, eye.fovea.real) + noise(rng, grid, 0.7) * np.float32(0.03)
     tigroid = streaks(rng, to_fovea + noise(rng, grid, 0.6) * 0.25, warped, 130, 1.1) * (
@@ -64,16 +64,18 @@ def _retina(rng: np.random.Generator, eye: Eye, grid: Grid) -> Field:
     tigroid = np.tanh(tigroid) * step(to_fovea, 1.5, 6.0) * max(0.0, rng.normal(0.01, 0.03))
     fibres = streaks(rng, to_disc, around_disc, 220, 2.5) + 0.7 * streaks(rng, to_disc, around_disc, 420, 1.5)
     sheen = step(to_disc, 4.5, 0.9) * np.abs(np.sin(around_disc)) * rng.uniform(0.2, 1.0)
-    macula = np.exp(-((to_fovea / eye.macula_radius) ** 2)) * rng.uniform(0.12, 0.28)
-    pit = np.exp(-((to_fovea / 0.3) ** 2)) * rng.uniform(0.05, 0.20)
+    macula = np.exp(-((to_fovea / eye.macula_radius) ** 2)) * rng.uniform(0.16, 0.32)
+    pit = np.exp(-((to_fovea / 0.3) ** 2)) * rng.uniform(0.08, 0.22)
     reflex = np.exp(-((to_fovea / 0.06) ** 2)) * max(0.0, rng.normal(0.0, 0.08))
     halo = np.exp(-((to_disc / 1.6) ** 2)) * rng.uniform(0.02, 0.12)
     drusen = _drusen(rng, eye, grid)
+    pigment = _pigment(rng, grid)
     shared = clouds + grain + fibres * sheen * 0.022 + sheen * 0.05 + halo + reflex
-    dark = macula + pit
+    dark = macula + pit + pigment
+    deep = np.float32(rng.uniform(0.6, 1.0))  # how much of it red light shows
     return np.stack(
         [
-            shared * 0.8 + tigroid * 0.7 - dark * 0.45 + drusen * 0.3,
+            shared * deep + tigroid * 0.7 - dark * (deep - 0.35) + drusen * 0.3,
             shared * 1.2 + tigroid * 1.3 - dark + warm + drusen,
             shared * 1.3 + tigroid - dark + warm + drusen * 0.8,
         ]
@@ -81,17 +83,23 @@ def _retina(rng: np.random.Generator, eye: Eye, grid: Grid) -> Field:
 
 
 def _drusen(rng: np.random.Generator, eye: Eye, grid: Grid) -> Field:
-    """(h, w) pale yellow spots about the macula in a quarter of the eyes, whatever the grade: they tell nothing."""
+    """(h, w) pale yellow spots about the macula in four eyes of ten, whatever the grade: they tell nothing."""
     field = np.zeros(grid.shape, np.float32)
-    count = int(rng.integers(5, 60)) if rng.random() < 0.25 else 0
+    count = int(np.exp(rng.uniform(np.log(5), np.log(120)))) if rng.random() < 0.4 else 0
     places = eye.fovea + rng.normal(0, 1.3, count) + 1j * rng.normal(0, 1.3, count)
-    radii, strengths = rng.uniform(0.03, 0.09, count), rng.uniform(0.05, 0.18, count)
+    radii, strengths = rng.uniform(0.03, 0.09, count), rng.uniform(0.05, 0.25, count)
     for place, radius, strength in zip(places, radii, strengths, strict=True):
         rows = slice(*np.searchsorted(grid.y[:, 0], [place.imag - 3 * radius, place.imag + 3 * radius]))
         cols = slice(*np.searchsorted(grid.x[0], [place.real - 3 * radius, place.real + 3 * radius]))
         square = (grid.y[rows] - place.imag) ** 2 + (grid.x[:, cols] - place.real) ** 2
         np.maximum(field[rows, cols], strength * np.exp(-square / radius**2), out=field[rows, cols])
     return field
+
+
+def _pigment(rng: np.random.Generator, grid: Grid) -> Field:
+    """(h, w) soft mottling, strong, weak or none, whatever the grade: how much of a photograph is dark tells nothing."""
+    patches: Field = step(noise(rng, grid, 1.0), 0.3, 3.3) * np.float32(max(0.0, rng.uniform(-0.1, 0.3)))
+    return patches
 
 
 def _paint_disc(rng: np.random.Generator, eye: Eye, grid: Grid, image: Field, colour: Field) -> None:

@@ -33,6 +33,7 @@ class Camera:
     colour: tuple[float, float, float]  # mean background, R G B, 0..255
     vignette: float  # share of light lost at the rim, as an exponent
     tilt: tuple[float, float]  # uneven light across the field, (y, x)
+    clarity: float  # how deep vessels show: the darkest vein's share of BLOOD_TAKES
     blur_um: float
     noise: float  # standard deviation, grey levels
     notch: float | None  # angle of the notch, radians
@@ -74,9 +75,9 @@ def draw_camera(rng: np.random.Generator, size: tuple[int, int] | None) -> Camer
         raise ValueError(
             f"size={(height, width)} is under {MIN_SIDE_PX} px on a side; use {MIN_SIDE_PX}x{MIN_SIDE_PX} or more"
         )
-    red = float(np.clip(rng.normal(172, 14), 135, 205))
-    green = red * float(np.clip(rng.normal(0.47, 0.05), 0.36, 0.60))
-    blue = green * min(float(rng.beta(1.6, 5)), 0.65)
+    red = float(np.clip(rng.normal(176, 26), 120, 225))
+    green = red * float(np.clip(rng.normal(0.48, 0.05), 0.36, 0.60))
+    blue = green * min(float(rng.beta(1.6, 3.8)), 0.7)
     dust = tuple(
         (float(y), float(x), float(rng.uniform(0.05, 0.25)), float(rng.uniform(0.02, 0.07)))
         for y, x in rng.uniform(-6, 6, (rng.poisson(1.5), 2))
@@ -85,8 +86,9 @@ def draw_camera(rng: np.random.Generator, size: tuple[int, int] | None) -> Camer
         height=height,
         width=width,
         colour=(red, green, blue),
-        vignette=float(rng.uniform(0.2, 0.55)),
-        tilt=(float(rng.normal(0, 0.09)), float(rng.normal(0, 0.09))),
+        vignette=float(rng.uniform(0.15, 0.6)),
+        tilt=(float(rng.normal(0, 0.1)), float(rng.normal(0, 0.1))),
+        clarity=float(rng.uniform(0.65, 1.35)),
         blur_um=float(rng.gamma(4, 1.6)),
         noise=float(rng.uniform(1.8, 3.6)),
         notch=float(rng.choice([-0.75, 0.75, -2.4])) if rng.random() < 0.5 else None,

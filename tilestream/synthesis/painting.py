@@ -8,9 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tilestream.synthesis.anatomy import Eye
-from tilestream.synthesis.camera import Camera
-from tilestream.synthesis.lesions import Spot
+from tilestream.synthesis.lesions import Scene, Spot
 from tilestream.synthesis.texture import Field, step
 from tilestream.synthesis.vessels import ribbon
 
@@ -33,12 +31,13 @@ class Patch:
     mask: NDArray[np.bool_]
 
 
-def paint(rng: np.random.Generator, spot: Spot, eye: Eye, camera: Camera) -> Patch:
+def paint(rng: np.random.Generator, spot: Spot, scene: Scene) -> Patch:
     """Draw one lesion, blurred by the optics, cut to the frame. The mask is where it has half its strength."""
+    camera = scene.camera
     centre_y, centre_x = camera.to_px(spot.place.imag, spot.place.real)
     radius = spot.radius_mm * 1000 / camera.um_per_px
-    # microaneurysms keep nearly all of the table's contrast: how far they show is what the tiers are made to test
-    sharp = spot.kind == "microaneurysm"
+    # small lesions keep nearly all of the table's contrast: how far they show is what the tiers are made to test
+    sharp = spot.shape == "disc" or spot.kind == "exudate"
     sigma = max(0.5, (0.2 * camera.blur_um if sharp else 3 + 0.6 * camera.blur_um) / camera.um_per_px)
     half = int(np.ceil(1.4 * radius + 3 * sigma)) + 1
     y, x = round(centre_y) - half, round(centre_x) - half
@@ -47,7 +46,7 @@ def paint(rng: np.random.Generator, spot: Spot, eye: Eye, camera: Camera) -> Pat
     at = (np.arange(side) + 0.5) / fine - 0.5
     dy = ((at + y - centre_y) / radius).astype(np.float32)[:, None]
     dx = ((at + x - centre_x) / radius).astype(np.float32)[None, :]
-    alpha = _shape(rng, spot, eye, dy, dx, radius * fine, camera.um_per_px / fine)
+    alpha = _shape(rng, spot, scene, dy, dx, radius * fine, camera.um_per_px / fine)
     if fine > 1:
         alpha = cv2.resize(alpha, (2 * half + 1, 2 * half + 1), interpolation=cv2.INTER_AREA)
     alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), sigma))
@@ -64,7 +63,7 @@ def paint(rng: np.random.Generator, spot: Spot, eye: Eye, camera: Camera) -> Pat
 
 
 def _shape(
-    rng: np.random.Generator, spot: Spot, eye: Eye, dy: Field, dx: Field, radius: float, um_per_px: float
+    rng: np.random.Generator, spot: Spot, scene: Scene, dy: Field, dx: Field, radius: float, um_per_px: float
 ) -> Field:
     """(h, w) strength 0..1 in coordinates where the lesion has radius 1."""
     if spot.shape == "disc":
@@ -74,18 +73,20 @@ def _shape(
     if spot.shape == "blot":
         return _blob(rng, dy, dx * np.float32(rng.uniform(1, 1.5)), 7, 0.25, 0.45)
     if spot.shape == "flame":
-        ray = (spot.place - eye.disc) / abs(spot.place - eye.disc) * np.exp(1j * rng.normal(0, 0.15))
+        ray = (spot.place - scene.eye.disc) / abs(spot.place - scene.eye.disc) * np.exp(1j * rng.normal(0, 0.15))
         along, across = dx * ray.real + dy * ray.imag, (dy * ray.real - dx * ray.imag) * 4
         comb = np.interp(across.ravel(), np.linspace(-1.5, 1.5, 13), rng.uniform(-0.35, 0.25, 13)).reshape(across.shape)
         return _level((1 - np.hypot(along * (1 - comb), across)) / 0.5)
     if spot.shape == "cluster":
-        return _blob(rng, dy, dx, 5 if spot.radius_mm < 0.04 else 9, 0.35, 0.55)
+        return _blob(rng, dy, dx, 5 if spot.radius_mm < 0.04 else 9, 0.28, 0.35)
     if spot.shape == "wool":
         return _blob(rng, dy * np.float32(rng.uniform(1, 1.3)), dx, 8, 0.28, 0.6)
     if spot.shape == "boat":  # blood settles: a level top, a round bottom
         return _blob(rng, dy, dx, 6, 0.12, 0.2) * _level((dy + 0.15) / 0.12)
     if spot.shape == "net":
         return _net(rng, dy, dx, radius, um_per_px)
+    if spot.shape == "beads":
+        return _vein(spot, scene, dy, dx, um_per_px)
     raise ValueError(f"shape={spot.shape!r} has no drawing; add one here")
 
 
@@ -106,8 +107,7 @@ def _level(value: NDArray[np.floating]) -> Field:
 
 def _net(rng: np.random.Generator, dy: Field, dx: Field, radius: float, um_per_px: float) -> Field:
     """A tangle of new vessels, calibre 10-30 um, winding out from the middle, with a faint blush around it."""
-    layer = np.zeros((dy.size, dx.size), np.uint8)
-    origin = complex(np.interp(0, dx[0], np.arange(dx.size)), np.interp(0, dy[:, 0], np.arange(dy.size)))
+    layer, origin = _layer(dy, dx)
     for _ in range(int(8 + 16 * min(1.0, radius * um_per_px / 800))):
         bends = np.cumsum(rng.normal(0, 0.05, 60)) + rng.normal(0, 0.12, 60)
         path = np.cumsum(np.exp(1j * (rng.uniform(-np.pi, np.pi) + np.cumsum(bends)))) * radius / 38
@@ -119,3 +119,21 @@ def _net(rng: np.random.Generator, dy: Field, dx: Field, radius: float, um_per_p
     blush = _level((1 - dy * dy - dx * dx) * 1.5) * 0.2
     tangle: Field = np.maximum(layer.astype(np.float32) / 255, blush)
     return tangle
+
+
+def _vein(spot: Spot, scene: Scene, dy: Field, dx: Field, um_per_px: float) -> Field:
+    """The stretch of the beaded vein through the spot: the lesion's mark; `bead` draws the swollen vein itself."""
+    layer, origin = _layer(dy, dx)
+    for vessel in scene.vessels:
+        if not vessel.artery and spot.place in vessel.points:
+            near = np.abs(vessel.points - spot.place) < spot.radius_mm
+            path = origin + (vessel.points[near] - spot.place) * 1000 / um_per_px
+            ribbon(layer, path, np.maximum(vessel.calibre_um[near] / um_per_px, 1.5), 255)
+    vein: Field = layer.astype(np.float32) / np.float32(255)
+    return vein
+
+
+def _layer(dy: Field, dx: Field) -> tuple[NDArray[np.uint8], complex]:
+    """An empty (h, w) layer to draw on and the lesion's centre x + iy in its px."""
+    centre = complex(np.interp(0, dx[0], np.arange(dx.size)), np.interp(0, dy[:, 0], np.arange(dy.size)))
+    return np.zeros((dy.size, dx.size), np.uint8), centre

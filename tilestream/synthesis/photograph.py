@@ -9,12 +9,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tilestream.synthesis.anatomy import Eye, background, draw_eye
+from tilestream.synthesis.anatomy import background, draw_eye
 from tilestream.synthesis.camera import Camera, draw_camera, field_mask, sensor_noise
-from tilestream.synthesis.lesions import LESION_KINDS, MICROANEURYSM_UM, scatter
+from tilestream.synthesis.lesions import LESION_KINDS, TIERS, Scene, scatter
 from tilestream.synthesis.painting import Patch, paint
-from tilestream.synthesis.texture import coarse_grid
-from tilestream.synthesis.vessels import absorbance, grow
+from tilestream.synthesis.texture import Field, coarse_grid
+from tilestream.synthesis.vessels import absorbance, bead, grow
 
 EYEPACS_SHARES: tuple[float, ...] = (25810 / 35126, 2443 / 35126, 5292 / 35126, 873 / 35126, 708 / 35126)
 """Shares of grades 0..4 among the training photographs of EyePACS."""
@@ -22,7 +22,8 @@ EYEPACS_SHARES: tuple[float, ...] = (25810 / 35126, 2443 / 35126, 5292 / 35126, 
 BALANCED_SHARES: tuple[float, ...] = (0.2, 0.2, 0.2, 0.2, 0.2)
 """Equal shares of grades 0..4."""
 
-BLOOD_TAKES = (0.17, 0.48, 0.32)  # share of R, G, B that the darkest vein takes away
+BLOOD_TAKES = (0.17, 0.48, 0.32)
+"""Share of R, G, B that the darkest vein takes away in a camera of clarity 1."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,26 @@ def photograph(grade: int, *, size: tuple[int, int] | None = None, seed: int, ti
     """A colour fundus photograph of a 45 degree field with the lesions that `grade` (0..4) calls for.
 
     `size` is (height, width) in px, 256 or more on a side; None draws a camera's frame. Camera, eye and lesions have
-    random streams of their own, so only lesions depend on the grade; the same arguments give the same bytes. `tier`
-    sets the size of microaneurysms: "realistic" 20-60 um, "stress" 12-20 um. Raises ValueError on any other value.
+    random streams of their own, so only lesions depend on the grade; the same arguments give the same bytes. `tier`:
+    "realistic" has all lesions, microaneurysms of 20-60 um; "stress" has lesions of 12-20 um alone (see `lesions`).
+    Raises ValueError on any other value.
     """
     if grade not in range(5):
         raise ValueError(f"grade={grade} is not one of 0, 1, 2, 3, 4; use a grade of diabetic retinopathy")
-    if tier not in MICROANEURYSM_UM:
-        raise ValueError(f"tier={tier!r} is not one of {', '.join(MICROANEURYSM_UM)}; use one of these")
+    if tier not in TIERS:
+        raise ValueError(f"tier={tier!r} is not one of {', '.join(TIERS)}; use one of these")
     if seed < 0:
         raise ValueError(f"seed={seed} is negative; use 0 or more")
     camera = draw_camera(np.random.default_rng([seed, 0]), size)
     eye_rng, lesion_rng = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2, grade])
     eye = draw_eye(eye_rng)
-    spots = scatter(lesion_rng, grade, tier, eye, camera)
-    patches = [paint(lesion_rng, spot, eye, camera) for spot in spots]
+    vessels = grow(eye_rng, eye)
+    scene = Scene(tier, eye, vessels, camera)
+    spots = scatter(lesion_rng, grade, scene)
+    patches = [paint(lesion_rng, spot, scene) for spot in spots]
+    for spot in spots:
+        if spot.kind == "venous_beading":
+            vessels = bead(vessels, spot.place, spot.radius_mm)
     lesions = tuple(
         Lesion(s.kind, *camera.to_px(s.place.imag, s.place.real), s.radius_mm * 1000 / camera.um_per_px) for s in spots
     )
@@ -75,23 +82,22 @@ def photograph(grade: int, *, size: tuple[int, int] | None = None, seed: int, ti
     for spot, patch in zip(spots, patches, strict=True):
         h, w = patch.mask.shape
         lesion_map[patch.y : patch.y + h, patch.x : patch.x + w][patch.mask] = 1 + LESION_KINDS.index(spot.kind)
-    image = _compose(camera, eye, eye_rng, np.random.default_rng([seed, 3]), patches)
+    coarse = background(eye_rng, eye, camera, coarse_grid(camera))
+    image = _compose(camera, coarse, absorbance(vessels, camera), np.random.default_rng([seed, 3]), patches)
     return Photograph(image, lesions, lesion_map, camera.um_per_px, grade)
 
 
 def _compose(
-    camera: Camera, eye: Eye, eye_rng: np.random.Generator, noise_rng: np.random.Generator, patches: list[Patch]
+    camera: Camera, coarse: Field, blood: NDArray[np.uint8], noise_rng: np.random.Generator, patches: list[Patch]
 ) -> NDArray[np.uint8]:
     """(H, W, 3) uint8: the background enlarged, blood taken away, lesions put in, the field cut out, noise added."""
-    blood = absorbance(grow(eye_rng, eye), camera)
-    coarse = background(eye_rng, eye, camera, coarse_grid(camera))
     field = field_mask(camera)
     inside = field.astype(np.float32) * np.float32(1 / 255)
     noise = sensor_noise(noise_rng, camera)
     planes = []
     for channel, takes in enumerate(BLOOD_TAKES):
         plane = cv2.resize(coarse[channel], (camera.width, camera.height), interpolation=cv2.INTER_LINEAR)
-        through = (1 - takes * np.arange(256) / 255).astype(np.float32)
+        through = (1 - camera.clarity * takes * np.arange(256) / 255).astype(np.float32)
         cv2.multiply(plane, cv2.LUT(blood, through), dst=plane)
         for patch in patches:
             h, w = patch.alpha.shape

@@ -7,7 +7,7 @@ are anatomy's; points are complex mm x + iy from the centre of the field of view
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -36,15 +36,16 @@ class _Sprout:
 
 @dataclass(frozen=True)
 class Vessel:
-    """A grown vessel: points (n,) complex mm, calibre (n,) um."""
+    """A grown vessel: points (n,) complex mm, calibre (n,) um, `swell` (n,) the share of it that disease leaves."""
 
     points: NDArray[np.complex128]
     calibre_um: NDArray[np.float64]
     artery: bool
+    swell: NDArray[np.float64]
 
 
 def grow(rng: np.random.Generator, eye: Eye) -> list[Vessel]:
-    """Grow the whole tree of one eye, thickest trunks first."""
+    """Grow the whole tree of one eye, in the order to draw it: the darkest vessels last."""
     queue = deque(_trunks(rng, eye))
     taken: dict[tuple[int, int, bool], int] = {}
     vessels: list[Vessel] = []
@@ -54,7 +55,23 @@ def grow(rng: np.random.Generator, eye: Eye) -> list[Vessel]:
         queue.extend(children)
         if len(vessel.points) > 4:
             vessels.append(vessel)
-    return vessels
+    return sorted(vessels, key=lambda v: float(_depth(v).max()))
+
+
+def bead(vessels: list[Vessel], place: complex, reach_mm: float) -> list[Vessel]:
+    """The same vessels, the vein through `place` beaded within `reach_mm` of it: bulges of 45 %, three calibres apart.
+
+    `place` is a point of a vein, and the vessels' order stays.
+    """
+    return [v if v.artery or place not in v.points else _beaded(v, place, reach_mm) for v in vessels]
+
+
+def _beaded(vessel: Vessel, place: complex, reach_mm: float) -> Vessel:
+    middle = int(np.argmax(vessel.points == place))
+    along = (np.arange(len(vessel.points)) - middle) * STEP_MM
+    wave = np.cos(2000 * np.pi * along / (3 * vessel.calibre_um[middle]))
+    fade = np.clip(2 - 2 * np.abs(along) / reach_mm, 0, 1)
+    return replace(vessel, swell=vessel.swell * (1 + 0.45 * wave * fade))
 
 
 def _trunks(rng: np.random.Generator, eye: Eye) -> list[_Sprout]:
@@ -90,7 +107,7 @@ def _walk(
     """Grow one vessel to its end and collect the branches it throws off."""
     z, heading, calibre = sprout.start, sprout.heading, sprout.calibre_um
     route, bend, along = list(sprout.route), 0.0, 0.0
-    next_branch = rng.uniform(0.6, 1.0) * 25 * min(calibre, 70.0) / 1000
+    next_branch = rng.uniform(0.6, 1.0) * 25 * calibre / 1000
     side = int(rng.choice([-1, 1]))
     points, calibres, children = [z], [calibre], []
     centre = 0.45 * eye.disc + 0.55 * eye.fovea
@@ -123,22 +140,23 @@ def _walk(
             children.append(_Sprout(z, heading + turn, thick * ratio, sprout.artery, [], inward))
             heading -= 0.25 * turn * ratio
             calibre, side = thick, -side if rng.random() < 0.75 else side
-            next_branch = along + rng.uniform(20, 30) * min(calibre, 65.0) / 1000
+            next_branch = along + rng.uniform(20, 30) * calibre / 1000
     widths = np.convolve(np.pad(calibres, 6, mode="edge"), np.full(13, 1 / 13), "valid")
     tail = min(len(points), 12)
     widths[-tail:] *= np.linspace(1, 0.45, tail)
     widths[:6] *= np.linspace(0.5, 1, 6)[: len(widths)]
-    return Vessel(np.array(points), widths, sprout.artery), children
+    return Vessel(np.array(points), widths, sprout.artery, np.ones(len(points))), children
 
 
 def absorbance(vessels: list[Vessel], camera: Camera) -> NDArray[np.uint8]:
     """(H, W) uint8: how much light blood takes away, 0 none, 255 the darkest vein. Thin over thick never lightens."""
     layer = np.zeros((camera.height, camera.width), np.uint8)
     middle = complex((camera.width - 1) / 2, (camera.height - 1) / 2)
-    for vessel in sorted(vessels, key=lambda v: float(_depth(v).max())):
+    for vessel in vessels:
         points = _smooth(vessel.points) * (1000 / camera.um_per_px) + middle
         places = np.linspace(0, len(vessel.points) - 1, len(points))
-        widths = np.interp(places, np.arange(len(vessel.points)), vessel.calibre_um / camera.um_per_px)
+        calibres = vessel.calibre_um * vessel.swell / camera.um_per_px
+        widths = np.interp(places, np.arange(len(vessel.points)), calibres)
         values = np.interp(places, np.arange(len(vessel.points)), _depth(vessel))
         _band(layer, points, np.maximum(widths, 1.0), values * np.minimum(widths, 1.0))
         wide = widths > 6
