@@ -394,3 +394,303 @@ def test_a_streamed_network_travels(image):
     streamed = stream(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval(), tile=16)
     again = pickle.loads(pickle.dumps(streamed))
     assert torch.equal(again(image), streamed(image))
+
+
+class UNet(nn.Module):
+    """Takes only sides that two divides; `step` is what it does at half the size."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.a, self.b, self.step = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1), step
+        self.up, self.out = nn.ConvTranspose2d(8, 6, 2, 2), nn.Conv2d(12, 2, 3, padding=1)
+
+    def forward(self, x):
+        a = F.relu(self.a(x))
+        return self.out(torch.cat([a, self.up(F.relu(self.b(self.step(F.max_pool2d(a, 2)))))], 1))
+
+
+def write_on_a_copy(y):
+    y = y - 0.5
+    return F.relu(y.permute(0, 2, 3, 1).contiguous(), inplace=True).permute(0, 3, 1, 2) * 2 + y
+
+
+def write_on_a_pooled_vector(y):
+    v = y.mean((2, 3), keepdim=True)
+    m = y + v
+    v.mul_(3)
+    return m * v
+
+
+def no_gradient(y):
+    with torch.no_grad():
+        return y * 2
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (no_gradient, "has other gradients in plain PyTorch"),
+        (write_on_a_copy, "overwrites a map of which another value is a view"),
+        (write_on_a_pooled_vector, "is overwritten, and maps"),
+        (lambda y: y * F.avg_pool2d(y, y.shape[2:], padding=1), "padding=1, divisor_override=None cannot be streamed"),
+        (lambda y: y * F.avg_pool2d(y, y.shape[2:], divisor_override=7), "divisor_override=7 cannot be streamed"),
+        (lambda y: y * float(np.random.rand()), "other results in plain PyTorch"),
+    ],
+)
+def test_networks_that_want_even_sides_are_compared_too(step, match):
+    refused(UNet(step), match, (3, 64, 84))
+
+
+def test_a_softmax_over_rows_is_not_one_over_channels():
+    class Rows(UNet):
+        def __init__(self):
+            super().__init__(None)
+            self.soft = nn.Softmax2d()
+            self.step = lambda y: self.soft(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    refused(Rows(), "cannot be streamed over a map with its channels last", (3, 64, 84))
+
+
+def test_a_network_that_nothing_can_be_compared_of_is_refused():
+    class Picky(Net):
+        def forward(self, x):
+            assert x.shape[2] == 61, "61 rows or nothing"
+            return super().forward(x)
+
+    net = Picky(nn.ReLU())
+    refused(net, "takes no image of noise|cannot be traced")
+    net = Net(nn.ReLU())
+    nn.init.constant_(net.fc.bias, float("nan"))
+    refused(net, "takes no image of noise.* it gives NaN or infinity")
+
+
+def test_images_that_cannot_be_negative(equal, whole, check_gradients):
+    class Root(Net):
+        def forward(self, x):
+            return super().forward(torch.sqrt(x))
+
+    torch.manual_seed(0)
+    net, x = Root(nn.ReLU()).double().eval(), torch.rand(3, *SIZE, dtype=torch.float64) + 0.1
+    logits, gradient = whole(net, x, 1)
+    check_gradients(net, x, stream(net, tile=16), logits, gradient)
+
+
+class Losses:
+    """Losses that depend on more than the logits."""
+
+    def __init__(self, net):
+        self.net, self.heat = net, torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+
+    def penalty(self, z):
+        return z.square().sum() + 3 * sum(p.square().sum() for p in self.net.parameters())
+
+    def temperature(self, z):
+        return F.cross_entropy(z / self.heat.exp(), torch.zeros(len(z), dtype=torch.long))
+
+    def written(self, z):
+        return z.mul_(2).square().sum()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("name", ["penalty", "temperature", "written"])
+def test_losses_of_more_than_the_logits(name, classes, image):
+    net = Net(nn.ReLU(), head=nn.Linear(4, classes)).double().eval()
+    losses, images = Losses(net), torch.stack([image, image.flip(1)])
+    leaves = [*net.parameters(), losses.heat]
+    getattr(losses, name)(net(images).clone()).backward()
+    want = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
+    for p in leaves:
+        p.grad = None
+    calls = []
+    stream(net, tile=16).backward(images, lambda z: (calls.append(1), getattr(losses, name)(z))[1])
+    assert len(calls) == 1
+    for p, w in zip(leaves, want, strict=True):
+        torch.testing.assert_close(torch.zeros_like(w) if p.grad is None else p.grad, w, rtol=1e-10, atol=1e-12)
+
+
+def test_hooks_see_the_gradient_of_the_whole_batch(image):
+    def run(backward):
+        net.zero_grad(set_to_none=True)
+        backward()
+        return net.conv.weight.grad
+
+    net, images = Net(nn.ReLU(), head=nn.Linear(4, 3)).double().eval(), torch.stack([image, image.flip(1), -image])
+    net.conv.weight.register_hook(lambda g: g.clamp(-1, 1))
+    loss = lambda z: (z * torch.arange(9.0).reshape(3, 3)).square().sum() * 100  # noqa: E731
+    want = run(lambda: loss(net(images)).backward())
+    torch.testing.assert_close(run(lambda: stream(net, tile=16).backward(images, loss)), want, rtol=1e-10, atol=1e-12)
+
+
+def test_what_changes_between_forward_and_backward(image):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.append(nn.Linear(4, 3)).double().eval()
+    streamed, old = stream(net, tile=16), net[0].weight
+    net(image[None]).square().sum().backward()
+    want, old.grad = old.grad, None
+    z = streamed(image).square().sum()
+    net[0].weight = nn.Parameter(torch.zeros_like(old))  # the result came from the old one
+    z.backward()
+    torch.testing.assert_close(old.grad, want, rtol=1e-10, atol=1e-12)
+    z = streamed(image).sum()
+    net[1].running_var.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()
+    z = streamed(image).sum()
+    net[0].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="was frozen between the forward pass and backward"):
+        z.backward()
+
+
+def test_functional_call(image):
+    net = Net(nn.ReLU()).double().eval()
+    streamed = stream(net, tile=16)
+    values = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    torch.func.functional_call(net, values, (image[None],)).square().sum().backward()
+    want = {name: v.grad.clone() for name, v in values.items()}
+    for v in values.values():
+        v.grad = None
+    named = {f"net.{name}": v for name, v in values.items()}
+    torch.func.functional_call(streamed, named, (image,)).square().sum().backward()
+    for name, v in values.items():
+        torch.testing.assert_close(v.grad, want[name], rtol=1e-10, atol=1e-12)
+
+
+MORE_CHANGES = {
+    "negative": lambda net: net.conv.weight.data.neg_(),
+    "flipped": lambda net: net.conv.weight.data.copy_(net.conv.weight.flip(3)),
+    "doubled": lambda net: net.conv.weight.data.mul_(2),
+    "list": lambda net: net.many.__setitem__(0, 5.0),
+    "dict": lambda net: net.named.update(a=5.0),
+    "numpy": lambda net: setattr(net, "number", np.float64(5)),
+    "array": lambda net: net.array.fill(5.0),
+    "function": lambda net: setattr(net, "call", torch.tanh),
+    "class": lambda net: setattr(type(net), "after", lambda self, y: y * 5),
+}
+
+
+@pytest.mark.parametrize("name", MORE_CHANGES)
+def test_whatever_is_changed_afterwards(name, image):
+    class Changing(Net):
+        def __init__(self):
+            super().__init__(nn.ReLU())
+            self.many, self.named, self.number, self.call = [2.0, 1.0], {"a": 1.0}, np.float64(1.5), torch.sigmoid
+            self.array = np.array([2.0])
+
+        def after(self, y):
+            return y
+
+        def forward(self, x):
+            y = self.call(self.step(self.conv(x)) * self.many[0] + self.named["a"]) * float(self.number)
+            return self.fc(self.after(y).mean((2, 3)) * float(self.array[0]))
+
+    change = MORE_CHANGES[name]
+    net = Changing().double().eval()
+    streamed = stream(net, tile=16)
+    before = streamed(image)
+    change(net)
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(image).detach(), net(image[None]), rtol=1e-11, atol=1e-13)
+    assert not torch.equal(before, streamed(image))
+
+
+def test_gradients_are_added_where_they_are_and_never_shared(image):
+    class Twins(Net):
+        def __init__(self):
+            super().__init__(nn.ReLU())
+            self.one, self.two = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+
+        def forward(self, x):
+            return super().forward(x) + (self.one + self.two)
+
+    net = Twins().double().eval()
+    kept = net.conv.weight.grad = torch.zeros_like(net.conv.weight)
+    stream(net, tile=16).backward(image, lambda z: z.square().sum())
+    assert net.conv.weight.grad is kept
+    assert kept.abs().max() > 0
+    assert net.one.grad.data_ptr() != net.two.grad.data_ptr()
+
+
+@pytest.mark.parametrize("mode", ["scatter", "gather"])
+def test_a_nan_is_an_error_where_the_result_is_a_map(mode, image):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).double().eval()
+    image[1, 30, 40] = float("nan")
+    with pytest.raises(ValueError, match="is NaN in"):
+        stream(net, tile=16).saliency(image, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("first", "channels"),
+    [
+        (lambda net, x: net.conv(x), 3),
+        (lambda net, x: net.grey(x.mean(1, keepdim=True)), 3),
+        (lambda net, x: net.conv(x[:, :3]) + net.grey(x[:, 3:]), 4),
+        (lambda net, x: net.grey(x[:, 3:]) + net.conv(x[:, :3]), 4),
+    ],
+)
+def test_channels_of_the_image(equal, first, channels, whole, check_gradients):
+    class First(Net):
+        def __init__(self):
+            super().__init__(nn.ReLU())
+            self.grey = nn.Conv2d(1, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.fc(self.step(first(self, x)).mean((2, 3)))
+
+    net, x = First().double().eval(), torch.randn(channels, *SIZE, dtype=torch.float64)
+    logits, gradient = whole(net, x, 1)
+    streamed = stream(net, tile=16)
+    torch.testing.assert_close(streamed(x).detach(), logits, rtol=1e-11, atol=1e-13)
+    got = torch.from_numpy(streamed.saliency(x, reduce=None).numpy())
+    torch.testing.assert_close(got, gradient, rtol=1e-11, atol=1e-14)
+
+
+def test_a_network_of_buffers_alone(image):
+    net = Net(nn.ReLU()).double().eval()
+    for module in (net.conv, net.fc):
+        for name, value in list(module.named_parameters()):
+            delattr(module, name)
+            module.register_buffer(name, value.detach())
+    torch.testing.assert_close(stream(net, tile=16)(image), net(image[None]), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (
+            lambda y: (y.permute(0, 2, 3, 1) * torch.ones(64, 84, 4, dtype=y.dtype)).permute(0, 3, 1, 2),
+            "one value a channel",
+        ),
+        (
+            lambda y: (y.permute(0, 2, 3, 1) * torch.ones(84, 4, dtype=y.dtype)).permute(0, 3, 1, 2),
+            "one value a channel",
+        ),
+    ],
+)
+def test_values_a_pixel_are_not_values_a_channel(step, match):
+    refused(Net(step), match, (3, 64, 84))
+
+
+def test_hooks_of_containers_are_refused():
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net[0].register_forward_hook(lambda m, i, o: None)
+    refused(net, "0: Sequential: has hooks")
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda net, x: stream(net)(x + 1j), "is complex; give real values"),
+        (lambda net, x: stream(net)(x.numpy() + 1j), "is complex; give real values"),
+        (lambda net, x: stream(net).backward(x, lambda z: z.sum() * 1j), "gives a complex number"),
+    ],
+)
+def test_complex_numbers(call, match, image):
+    with pytest.raises(ValueError, match=match):
+        call(Net(nn.ReLU()).double().eval(), image)
+
+
+def test_numbers_of_numpy(image):
+    net = Net(nn.ReLU()).double().eval()
+    streamed = stream(net, tile=16)
+    want = streamed.saliency(image, target=1).numpy()
+    np.testing.assert_array_equal(streamed.saliency(image, target=np.int64(1)).numpy(), want)

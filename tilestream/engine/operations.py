@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from tilestream.geometry import Axis, Extent, Pixel, Region, Sliding, Table, Tra
 
 from .allocator import untouched
 
+Module = TypeVar("Module", bound=nn.Module)
 Pair = tuple[int, int]
 Saves = Literal["nothing", "sign", "winners", "input"]
 Rule = Literal["gradient", "guided", "deconv"]
@@ -31,6 +32,13 @@ Covered = tuple[Tensor, Region]
 def pair(value: Any) -> Pair:
     """PyTorch's `int or (y, x)` as a pair."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def held(module: Module) -> Module:
+    """The module with the parameters and buffers that it has now, whichever it is given later."""
+    copied = copy.copy(module)
+    copied.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+    return copied
 
 
 def fitted(x: Tensor, have: Region, want: Region, fill: float = 0.0) -> Tensor:
@@ -50,10 +58,9 @@ class Operation:
 
     saves: Saves = "input"
     """What the gradient of its inputs needs: nothing (it is linear), the sign of the result, winners, or its inputs."""
-    own_form = False
-    """Whether its vectors are laid out as its function wants them, (C,), instead of (N, C, 1, 1)."""
-    flat = False
-    """Whether the code sees the map's positions flattened, so that vectors are (N, C, 1)."""
+    vectors: Literal["map", "flat", "last", "own"] = "map"
+    """How its vectors are laid out: (N, C, 1, 1); (N, C, 1) beside flattened positions; (N, 1, 1, C) beside a map with
+    its channels last; or as its function wants them."""
 
     def __init__(self, axes: tuple[Axis, Axis] = (Pixel(), Pixel())) -> None:
         self.axes = axes
@@ -257,7 +264,7 @@ class Convolution(Windowed):
         sides = _convolution_padding(conv)
         parts = zip(pair(conv.kernel_size), pair(conv.stride), sides, pair(conv.dilation), strict=True)
         super().__init__(*(Sliding(k, s, *p, d) for k, s, p, d in parts))
-        self.conv, self.groups = conv, conv.groups
+        self.conv, self.groups = held(conv), conv.groups
         self.norm: nn.BatchNorm2d | None = None
         # channels-last is about twice as fast, but with one input channel oneDNN is wrong where kernel > stride + 1
         # and the output is one pixel wide (PyTorch 2.13 on AVX-512)
@@ -266,7 +273,7 @@ class Convolution(Windowed):
 
     def fold(self, norm: nn.BatchNorm2d) -> None:
         """Folds frozen batch norm that follows into weight and bias."""
-        self.norm = norm
+        self.norm = held(norm)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -356,7 +363,7 @@ class Dense(Convolution):
     """A linear layer over the channels of every pixel: a convolution with a window of one."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        self.linear, bias = linear, linear.bias is not None
+        self.linear, bias = held(linear), linear.bias is not None
         shape = nn.Conv2d(
             linear.in_features, linear.out_features, 1, bias=bias, device="meta", dtype=linear.weight.dtype
         )
@@ -376,7 +383,7 @@ class TransposedConvolution(Operation):
         super().__init__(
             (Transposed(k[0], s[0], p[0], p[0] - after[0], d[0]), Transposed(k[1], s[1], p[1], p[1] - after[1], d[1]))
         )
-        self.conv = conv
+        self.conv = held(conv)
         self.weights = [w.detach() for w in self.effective()]
 
     def effective(self) -> list[Tensor]:
@@ -553,7 +560,7 @@ def batch_norm(norm: nn.BatchNorm2d) -> Pointwise:
     def apply(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return x * scale[None, :, None, None] + shift[None, :, None, None]
 
-    frozen_norm(norm)
+    norm = held(norm)
     return Pointwise(apply, linear=True, weights=lambda: list(frozen_norm(norm)))
 
 

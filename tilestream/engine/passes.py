@@ -20,7 +20,7 @@ from tilestream.geometry import Region
 
 from .allocator import trim
 from .operations import Rule, fitted
-from .reductions import Partial
+from .reductions import Partial, refuse_nan
 from .scratch import Bits, Scratch, Stored
 from .segment import Segment
 from .tile import Gradients, Source, backward, forward, keeps, read
@@ -100,8 +100,10 @@ class Pass:
         for name, values in parts.items():
             if name in segment.stored or name in self._read_again:
                 self._store(self.maps, name).write(owned[name], values)
-            if name == self.network.output and write is not None:
-                write(owned[name], values[0].to(self.network.dtype))
+            if name == self.network.output:
+                refuse_nan(name, values, owned[name])
+                if write is not None:
+                    write(owned[name], values[0].to(self.network.dtype))
 
     def shares(self, segment: Segment, owned: Mapping[str, Region], parts: Mapping[str, Tensor]) -> dict[str, Partial]:
         network = self.network
@@ -270,18 +272,13 @@ class Pass:
         self._result = self.steps[self.network.output]
         return self._result
 
-    def parameter_gradients(self, parameters: list[Any]) -> list[Tensor | None]:
-        """What arrived at each parameter, through the weights of operations on maps and through the vectors."""
-        outputs, gradients = [v for v, _ in self.head_gradients], [g for _, g in self.head_gradients]
-        with torch.enable_grad():
-            for node in self.network.nodes:
-                if node.name in self.weights:
-                    outputs += node.operation.effective()
-                    gradients += self.weights[node.name]
-        pairs = [(o, g.reshape(o.shape).to(o)) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
-        if not pairs or not parameters:
-            return [None] * len(parameters)
-        return list(torch.autograd.grad([o for o, _ in pairs], parameters, [g for _, g in pairs], allow_unused=True))
+    def scale(self, upstream: Tensor) -> None:
+        """After `there_and_back` from a gradient of (-1, 1) or 1: what it would have been from a multiple of it."""
+        for tensors in self.weights.values():
+            for t in tensors:
+                t *= upstream[0, -1]
+        self.head_gradients.clear()
+        self.gradients_at_reductions(upstream)
 
     # ---- backward
 
@@ -480,3 +477,30 @@ class Pass:
                     stores.pop(name).free()
             for stored in self.tapes.pop(name, ()):
                 stored.free()
+
+
+class Weights:
+    """What arrived, over several images, at the weights of operations on maps and at the vectors."""
+
+    def __init__(self) -> None:
+        self.maps: dict[str, list[Tensor]] = {}
+        self.vectors: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, work: Pass) -> None:
+        for name, tensors in work.weights.items():
+            known = self.maps.get(name)
+            self.maps[name] = tensors if known is None else [a.add_(b) for a, b in zip(known, tensors, strict=True)]
+        self.vectors += work.head_gradients
+
+    def gradients(self, network: Network, parameters: list[Any], loss: Tensor | None = None) -> list[Tensor | None]:
+        """What of it, and of a loss besides the logits, reaches each parameter."""
+        pairs = [] if loss is None else [(loss, torch.ones_like(loss))]
+        pairs += self.vectors
+        with torch.enable_grad():
+            for node in network.nodes:
+                if node.name in self.maps:
+                    pairs += zip(node.operation.effective(), self.maps[node.name], strict=True)
+        pairs = [(o, g.reshape(o.shape).to(o)) for o, g in pairs if o.requires_grad]
+        if not pairs or not parameters:
+            return [None] * len(parameters)
+        return list(torch.autograd.grad([o for o, _ in pairs], parameters, [g for _, g in pairs], allow_unused=True))

@@ -8,6 +8,7 @@ images of noise, and compared.
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,36 +16,50 @@ from torch import Tensor, nn
 
 from tilestream.geometry import Region
 
-from .passes import Pass
+from .passes import Pass, Weights
 from .planner import Planner, cut
 from .scratch import Scratch
 from .trace import Network
 
-SIDES_PX = (64, 96, 160, 256, 512)
-"""The first that the network takes."""
+SHAPES_PX = tuple((n, n + d) for n in (64, 128, 192, 256, 512, 1024) for d in (7, 64))
+"""The first that the network takes: some want sides that 2, or 64, divides."""
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.float16: 0.1}
 """Of the results' maximum; of gradients' norms ten times as much, for rounding flips rectifiers."""
 
 
 def check_against_plain(net: nn.Module, network: Network) -> None:
-    """ValueError where plain PyTorch gives other results, gradients of the image or of parameters than the engine."""
-    for side in SIDES_PX:
-        generator = torch.Generator().manual_seed(side)
-        images = torch.randn((2, network.channels, side, side + 7), generator=generator, dtype=torch.float64)
+    """ValueError where plain PyTorch gives other results, gradients of the image or of parameters than the engine.
+
+    And where it gives none at all that can be compared: NaN, or errors for images of every size.
+    """
+    why = "it gives NaN or infinity"
+    for shape, image in product(SHAPES_PX, (torch.randn, torch.rand)):  # some take no negative values
+        generator = torch.Generator().manual_seed(shape[0])
+        images = image((2, network.channels, *shape), generator=generator, dtype=torch.float64)
         images = images.to(network.device, network.dtype)
         try:
-            bound = network.bind((side, side + 7))
-            with torch.no_grad():
-                net(images[:1].clone())
-        except (ValueError, RuntimeError):  # it wants a larger image
+            bound = network.bind(shape)
+            finite = _is_finite(net, images[:1])
+        except Exception as error:  # it wants another size, and says so in whatever way
+            why = str(error).partition("\n")[0] or type(error).__name__
+            continue
+        if not finite:
             continue
         try:
-            with torch.no_grad():
-                net(images.clone())
-        except RuntimeError:  # it takes one image at a time
+            _is_finite(net, images)
+        except Exception:  # it takes one image at a time
             images = images[:1]
         _compare(net, bound, images)
         return
+    raise ValueError(
+        f"{type(net).__name__}.forward takes no image of noise, from {SHAPES_PX[0]} to {SHAPES_PX[-1]} px, on which it "
+        f"could be compared with plain PyTorch: {why}"
+    )
+
+
+def _is_finite(net: nn.Module, images: Tensor) -> bool:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return bool(torch.isfinite(net(images.clone())).all())
 
 
 def _compare(net: nn.Module, network: Network, images: Tensor) -> None:
@@ -59,8 +74,6 @@ def _compare(net: nn.Module, network: Network, images: Tensor) -> None:
                 f"{name} gives {tuple(plain.shape)} for a batch of two, {tuple(made.shape)} for its images one by one; "
                 "a streamed network takes each image by itself"
             )
-        if network.map_dtype != network.dtype or not bool(torch.isfinite(plain).all()):
-            return
         if _norm(made - plain, math.inf) > tolerance * _norm(plain, math.inf):
             raise ValueError(
                 f"{name} gives other results in plain PyTorch than traced; something in it cannot be seen by torch.fx, "
@@ -123,7 +136,9 @@ class _Work:
             gradient[:, region.y0 : region.y1, region.x0 : region.x1] = values
 
         self.work.back(upstream, write)
-        got = self.work.parameter_gradients(parameters)
+        total = Weights()
+        total.add(self.work)
+        got = total.gradients(self.work.network, parameters)
         return gradient, [torch.zeros_like(p) if g is None else g for g, p in zip(got, parameters, strict=True)]
 
     def close(self) -> None:

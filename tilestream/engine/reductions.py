@@ -68,8 +68,7 @@ class Reduction:
 
     def share(self, x: Tensor, region: Region, extent: Extent) -> Partial:
         """What `x`, (1, C, h, w) over `region`, contributes."""
-        if torch.isnan(x).any():
-            raise ValueError(f"the map {self.source} is NaN in {region}; look for NaN or infinity in image or weights")
+        refuse_nan(self.source, x, region)
         if self.kind == "moments":
             flat = x[0].flatten(1).double()
             mean = flat.mean(1)
@@ -172,6 +171,12 @@ class Reduction:
                 here = np.flatnonzero((y >= 0) & (y < region.height) & (x_ >= 0) & (x_ < region.width))
                 out[0, here, y[here], x_[here]] += grad[0, here, i, j]
         return out
+
+
+def refuse_nan(name: str, x: Tensor, region: Region) -> None:
+    """ValueError where a map has a NaN, which rectifiers would hide from the way back."""
+    if torch.isnan(x).any():
+        raise ValueError(f"the map {name} is NaN in {region}; look for NaN or infinity in image or weights")
 
 
 def _moments(a: Partial, b: Partial) -> Partial:

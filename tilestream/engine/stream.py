@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from tilestream.geometry import Plan, Region
 from . import supported
 from .allocator import resident_bytes, reused_buffers, trim
 from .context import as_it_stands
-from .passes import Mode, Pass
+from .passes import Mode, Pass, Weights
 from .planner import Planner, cut, parse_bytes
 from .probe import check_against_plain
 from .saliency import Reduce, Saliency, Sink, check, reduced
@@ -77,14 +79,14 @@ class Streamed(nn.Module):
         """The traced network, traced anew if a parameter, a buffer, a module or a setting of one changed."""
         with self._lock:
             state = [*self.net.parameters(), *self.net.buffers()]
-            stamp = [(t.data_ptr(), t._version, t.dtype, t.device, _bits(t)) for t in state], _settings(self.net)
+            stamp = [_stamp(t) for t in state], [_settings(name, m) for name, m in self.net.named_modules()]
             if stamp != self._stamp:
                 self._network = trace(self.net, self.precision)
                 if self._stamp is None or stamp[1] != self._stamp[1]:
-                    check_against_plain(self.net, self._network)
+                    check_against_plain(self.net, trace(self.net) if self.precision else self._network)
                     trim()
                 self._stamp = stamp
-                self._held = [t.detach() for t in state]  # or new weights could get the addresses of old ones
+                self._held = state  # or new weights could get the identities of old ones
                 self._plans.clear()
             return self._network
 
@@ -198,8 +200,10 @@ class Streamed(nn.Module):
         method or reduce, a budget that is too small, and NaN.
         """
         check(method, reduce)
-        if not isinstance(target, int):
-            raise ValueError(f"target={target!r} must be the number of a logit, an int")
+        try:
+            target = operator.index(target)
+        except TypeError:
+            raise ValueError(f"target={target!r} must be the number of a logit, an int") from None
         (source,) = self._images(image, one=True)
         plan = self._planned(source.shape, reduce, method, mode=mode, out=out is not None)
         network = self._network.bind(plan.image)
@@ -243,76 +247,65 @@ class Streamed(nn.Module):
             raise ValueError(f"gradient.shape={tuple(gradient.shape)} must be {tuple(image.shape)}, that of the image")
         plan = self._planned(images[0].shape, weights=True)
         network = self._network.bind(plan.image)
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
         sinks = [_sink(gradient, i if len(image.shape) == 4 else None) for i in range(len(images))]
         scratch = Scratch(plan.scratch_bytes, self.scratch)
         tick = _Ticker(progress, plan, len(images))
         works = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
         try:
-            one = self._one_sweep(network, works, plan, loss_fn, sinks, parameters)
-            if one is not None:
-                return one
-            works = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
+            guess = None if any(sinks) else self._guess(network, works)
+            if guess is not None:
+                for work in works:
+                    work.there_and_back(lambda: guess, mode="scatter", want_weights=True)
             leaf = torch.cat([work.result() for work in works]).detach().requires_grad_()
             with torch.enable_grad():
-                loss = _scalar(loss_fn(leaf))
-                (down,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
-            total: list[Tensor | None] = [None] * len(parameters)
-            for work, upstream, sink in zip(works, down[:, None], sinks, strict=True):
-                work.back(upstream, sink)
-                total = _sum(total, work.parameter_gradients(parameters))
-                work.close()
-            self._add(parameters, total)  # all at once: a call that is cancelled leaves nothing behind
+                loss = _scalar(loss_fn(leaf.clone()))  # a clone, for the loss may write on it
+            (down,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True, retain_graph=True)
+            total = Weights()
+            if guess is not None and _as_guessed(down, network):
+                for work, upstream in zip(works, down[:, None], strict=True):
+                    work.scale(upstream)
+                    total.add(work)
+            else:
+                if guess is not None:
+                    works = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
+                    for work in works:
+                        work.result()
+                for work, upstream, sink in zip(works, down[:, None], sinks, strict=True):
+                    work.back(upstream, sink)
+                    total.add(work)
+                    work.close()
+            # all at once: a call that is cancelled leaves nothing behind, and hooks see the sum
+            parameters: list[Tensor] = [p for p in self.net.parameters() if p.requires_grad]
+            parameters += [p for p in _leaves(loss) if p is not leaf and not any(p is q for q in parameters)]
+            self._add(parameters, total.gradients(network, parameters, loss))
             return loss.detach()
         finally:
             for work in works:
                 work.close()
 
-    def _one_sweep(
-        self, network: Network, works: list[Pass], plan: Plan, loss_fn: Any, sinks: list[Any],
-        parameters: list[nn.Parameter],
-    ) -> Tensor | None:  # fmt: skip
-        """Forward and backward at once, where the gradient of the logits is known up to a factor; None where not.
+    def _guess(self, network: Network, works: list[Pass]) -> Tensor | None:
+        """The gradient of the logits up to a factor, where it is known before the forward pass; None where not.
 
-        For one logit; for two whose gradients sum to zero, as softmax and cross-entropy have it. What the loss says
-        afterwards confirms it, or the work is done again the long way.
+        Then one sweep does forward and backward: for one logit, and for two whose gradients sum to zero, as softmax
+        and cross-entropy have it. What the loss says afterwards confirms it, or the way back is gone as for any other.
         """
-        weights = sum(p.numel() * p.element_size() for p in parameters)
+        weights = sum(p.numel() * p.element_size() for p in self.net.parameters() if p.requires_grad)
         alone = len(works) == 1 or len(works) * weights <= self.memory // 4
-        if not network.linear or network.dense or not alone or any(s is not None for s in sinks):
+        if not network.linear or network.dense or not alone or (classes := works[0].classes()) > 2:
             return None
-        classes = works[0].classes()
-        if classes > 2:
-            return None
-        guess = torch.tensor([[1.0]] if classes == 1 else [[-1.0, 1.0]], dtype=network.dtype, device=network.device)
-        for work in works:
-            work.there_and_back(lambda: guess, mode="scatter", want_weights=True)
-        leaf = torch.cat([work.result() for work in works]).detach().requires_grad_()
-        with torch.enable_grad():
-            loss = _scalar(loss_fn(leaf))
-            (down,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
-        tolerance = 4 * torch.finfo(network.dtype).eps * down.abs().amax()
-        if classes == 2 and (down.sum(1).abs() > tolerance).any():
-            return None
-        total: list[Tensor | None] = [None] * len(parameters)
-        for work, upstream in zip(works, down[:, None], strict=True):
-            factor = upstream[0, -1]
-            for tensors in work.weights.values():
-                for t in tensors:
-                    t *= factor
-            work.head_gradients.clear()
-            work.gradients_at_reductions(upstream)
-            total = _sum(total, work.parameter_gradients(parameters))
-        self._add(parameters, total)
-        return loss.detach()
+        return torch.tensor([[1.0]] if classes == 1 else [[-1.0, 1.0]], dtype=network.dtype, device=network.device)
 
-    def _add(self, parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
-        with self._lock:
+    def _add(self, parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
+        with self._lock, torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                    for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
-                        hook(parameter)
+                if gradient is None:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter).copy_(gradient)  # two may have got one tensor
+                else:
+                    parameter.grad += gradient
+                for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+                    hook(parameter)
 
     def _pass(
         self, network: Network, plan: Plan, source: Source, *, tape: bool = False, progress: Progress | None = None,
@@ -347,6 +340,8 @@ class Streamed(nn.Module):
         shape = tuple(image.shape)
         if len(shape) == 4 and not shape[0]:
             raise ValueError(f"image.shape={shape} holds no image; give at least one")
+        if _is_complex(image):
+            raise ValueError(f"image.dtype={image.dtype} is complex; give real values")  # type: ignore[attr-defined]
         if len(shape) not in (3, 4) or shape[-3] != channels or (one and len(shape) == 4 and shape[0] != 1):
             raise ValueError(f"image.shape={shape} must be ({channels}, H, W)")
         if len(shape) == 3:
@@ -372,7 +367,9 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streamed: Streamed, scratch: Scratch, image: Tensor, *parameters: Tensor) -> Tensor:
         result, ctx.work = streamed._forward(image.detach(), keep=scratch)
-        ctx.save_for_backward(image, *parameters)  # PyTorch says so when one of them is overwritten before `backward`
+        buffers = list(streamed.net.buffers())
+        ctx.save_for_backward(image, *parameters, *buffers)  # PyTorch tells when one is overwritten before `backward`
+        ctx.count = len(parameters)
         return result
 
     @staticmethod
@@ -383,10 +380,16 @@ class _Run(torch.autograd.Function):
         work: Pass = ctx.work
         if work.used:
             raise RuntimeError("this result was gone back from already; call the streamed network again")
-        image, *parameters = ctx.saved_tensors
+        image, *parameters = ctx.saved_tensors[: 1 + ctx.count]
+        if not all(p.requires_grad for p in parameters):
+            raise RuntimeError(
+                "a parameter was frozen between the forward pass and backward; freeze it before or after"
+            )
         want = torch.empty_like(image) if ctx.needs_input_grad[2] else None
         work.back(gradient, _sink(want, None))
-        found = work.parameter_gradients(parameters)
+        total = Weights()
+        total.add(work)
+        found = total.gradients(work.network, parameters)
         work.close()
         return None, None, want, *found
 
@@ -407,25 +410,79 @@ class _Ticker:
             self.progress(self.done, self.total)
 
 
-def _bits(t: Tensor) -> int:
-    """The sum of a tensor's bits as integers: it tells writes that autograd's count of versions does not."""
-    if t.device.type == "meta" or t.is_complex():
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that a loss depends on and that gather gradients."""
+    found: dict[int, Tensor] = {}
+    stack, seen = [loss.grad_fn], set[Any]()
+    while stack:
+        function: Any = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if (variable := getattr(function, "variable", None)) is not None:
+            found[id(variable)] = variable
+        stack += [following for following, _ in function.next_functions]
+    return list(found.values())
+
+
+def _as_guessed(down: Tensor, network: Network) -> bool:
+    """Whether the gradients of two logits sum to zero, up to rounding."""
+    tolerance = 4 * torch.finfo(network.dtype).eps * down.abs().amax()
+    return down.shape[1] == 1 or bool((down.sum(1).abs() <= tolerance).all())
+
+
+def _stamp(t: Tensor) -> Any:
+    """What tells a tensor from another, and from itself with other values: writes through `.data` count no version."""
+    return id(t), t.data_ptr(), t._version, t.dtype, t.device, t.requires_grad, _checksum(t)
+
+
+def _checksum(t: Tensor) -> int:
+    if t.device.type == "meta":
         return 0
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(t.detach().view(integers[t.element_size()]).sum())
+    values: Any = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(values)
 
 
-def _settings(net: nn.Module) -> list[Any]:
-    """What of modules the result may depend on, besides tensors."""
-    plain = (int, float, str, bool, tuple, type(None))
-    return [
-        (name, id(m), supported.has_hooks(m), sorted((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
-        for name, m in net.named_modules()
-    ]
+def _settings(name: str, module: nn.Module) -> Any:
+    """What of a module the result may depend on, besides parameters and buffers. Globals that it reads are not seen."""
+    values = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
+    classes = [_frozen(dict(vars(c))) for c in type(module).__mro__ if not c.__module__.startswith("torch.")]
+    return name, id(module), type(module).forward, supported.has_hooks(module), _frozen(values), classes
 
 
-def _sum(total: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
-    return [b if a is None else a if b is None else a + b for a, b in zip(total, more, strict=True)]
+def _frozen(value: Any, depth: int = 4) -> Any:
+    """A value that equals another one's only if both hold the same."""
+    if isinstance(value, Tensor):
+        return _stamp(value)
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype.str, value.tobytes() if value.dtype != object else repr(value)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
+        return type(value), repr(value)
+    if depth and isinstance(value, (list, tuple, set, frozenset)):
+        return type(value), [_frozen(v, depth - 1) for v in value]
+    if depth and isinstance(value, dict):
+        return type(value), [(_frozen(k, depth - 1), _frozen(v, depth - 1)) for k, v in value.items()]
+    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
+        return type(value), id(value), _frozen(vars(value), depth - 1)
+    return _Same(value)
+
+
+class _Same:
+    """Equal to the same object alone, which it keeps from being forgotten."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _is_complex(image: Any) -> bool:
+    if isinstance(image, Tensor):
+        return image.is_complex()
+    return np.dtype(getattr(image, "dtype", float)).kind == "c"  # a source need not tell
 
 
 def _sink(target: Any, index: int | None) -> Callable[[Region, Tensor], None] | None:
@@ -475,6 +532,8 @@ def _scalar(loss: Tensor) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn gives {shape}; it must give one number")
+    if loss.is_complex():
+        raise ValueError("loss_fn gives a complex number; it must give a real one")
     if not loss.requires_grad:
         raise ValueError("loss_fn gives a number that does not depend on the logits; it must be computed from them")
     return loss.reshape(())

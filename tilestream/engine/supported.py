@@ -49,6 +49,15 @@ def is_relu(target: Any) -> bool:
     return type(target) is nn.ReLU or target in (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
+def is_inplace(target: Any, kwargs: Any) -> bool:
+    """Whether a module, function or method writes on its input."""
+    if isinstance(target, nn.Module):
+        return bool(getattr(target, "inplace", False))
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    written = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)
+    return bool(kwargs.get("inplace")) or target in written or (name.endswith("_") and not name.endswith("__"))
+
+
 def has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
@@ -121,7 +130,7 @@ def _arranged(ctx: Context) -> None:
         (MODULES if ctx.is_module else FUNCTIONS)[type(target) if ctx.is_module else target](
             ctx, *([target] if ctx.is_module else []), *ctx.args, **ctx.kwargs
         )
-    elif type(target) in (*ELEMENTWISE_MODULES, nn.ReLU):
+    elif type(target) in (*ELEMENTWISE_MODULES, nn.ReLU) and type(target) is not nn.Softmax2d:
         MODULES[type(target)](ctx, target, *ctx.args)
     elif target in ARITHMETIC and len(maps) == 1 and len(ctx.node.all_input_nodes) == 2:
         function, args = ARITHMETIC[target], ctx.args
@@ -132,7 +141,7 @@ def _arranged(ctx: Context) -> None:
             return function(*(sides if args[0] is x else sides[::-1])).permute(0, 3, 1, 2)
 
         operation = op.Pointwise(apply)
-        operation.own_form = True
+        operation.vectors = "last"
         ctx.map(operation, (x,), (vector.name,))
     elif target in ARITHMETIC or target in POINTWISE:
         FUNCTIONS[target](ctx, *ctx.args, **ctx.kwargs)
@@ -215,7 +224,7 @@ def _elementwise(ctx: Context, function: Callable[..., Any], args: tuple[Any, ..
         return function(*filled, **kwargs)
 
     operation = op.Pointwise(apply)
-    operation.flat = flat
+    operation.vectors = "flat" if flat else "map"
     ctx.map(operation, tuple(maps), tuple(v.name for v in vectors), overwrites=ctx.overwrites)
 
 
@@ -237,7 +246,8 @@ def _module(ctx: Context, module: Any, x: Any) -> None:
 
 
 def _prelu(ctx: Context, module: nn.PReLU, x: Any) -> None:
-    ctx.map(op.Pointwise(F.prelu, weights=lambda: [module.weight]), (x,))
+    weight = module.weight
+    ctx.map(op.Pointwise(F.prelu, weights=lambda: [weight]), (x,))
 
 
 def _named(function: Callable[..., Any], inplace: bool = False) -> Callable[..., None]:
@@ -343,6 +353,9 @@ def _average_pool(
     count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> None:  # fmt: skip
     if ctx.is_static(kernel_size):
+        if padding not in (0, (0, 0), [0, 0]) or divisor_override is not None:
+            raise ValueError(f"a window of the whole map with padding={padding}, divisor_override={divisor_override} "
+                             "cannot be streamed; leave them out")  # fmt: skip
         _whole_average(ctx, x, kernel_size)
         return
     axes = _slide(kernel_size, stride, padding, 1, ceil_mode)
@@ -464,9 +477,15 @@ def _getitem(ctx: Context, x: Any, index: Any) -> None:
     ):  # fmt: skip
         raise ValueError(f"index {index} cannot be streamed; channels can be cut out, x[:, a:b]")
     part = index[1]
+
+    def count(n: int) -> int:
+        if not len(range(n)[part]):
+            raise ValueError(f"index {index} leaves none of {n} channels")
+        return len(range(n)[part])
+
     if any(isinstance(v, fx.Node) for v in (part.start, part.stop, part.step)):
         raise ValueError(f"index {index} cannot be streamed; give fixed channels")
-    ctx.map(op.Pointwise(lambda t: t[:, part], lambda n: len(range(n)[part]), linear=True), (x,), view=True)
+    ctx.map(op.Pointwise(lambda t: t[:, part], count, linear=True), (x,), view=True)
 
 
 def _chunk(ctx: Context, x: Any, chunks: int, dim: int = 0) -> None:
@@ -577,7 +596,7 @@ def _spatial_norm(ctx: Context, module: Any, x: Any) -> None:
         return torch.addcmul(shift, t.to(wide) - mean, factor)
 
     operation = op.Pointwise(apply)
-    operation.own_form = True
+    operation.vectors = "own"
     ctx.map(operation, (x,), (f"{name}_scale",))
 
 
@@ -587,6 +606,11 @@ def _spatial_norm(ctx: Context, module: Any, x: Any) -> None:
 def _same(ctx: Context, *args: Any, **kwargs: Any) -> None:
     """The result is the input itself."""
     ctx.alias(args[-1] if ctx.is_module else args[0])
+
+
+def _contiguous(ctx: Context, x: Any, memory_format: Any = None) -> None:
+    """The input itself or a copy, by how its memory lies: writing on either is refused, as on views."""
+    ctx.map(op.Pointwise(lambda t: t, linear=True), (x,), view=True)
 
 
 def _dropout(ctx: Context, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
@@ -746,7 +770,7 @@ FUNCTIONS: dict[Any, Callable[..., None]] = {
     getattr: _getattr,
     "size": _size,
     "dim": lambda ctx, x: ctx.shape(x, len),
-    "contiguous": _same,
+    "contiguous": _contiguous,
 }
 """By the function itself, or by the name of a method."""
 ARITHMETIC: dict[Any, Callable[..., Any]] = {

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from .reductions import Reduction
 from .supported import Stride
 
 Precision = Literal["bf16"]
+MOST_CHANNELS = 1025
 
 
 @dataclass
@@ -54,6 +56,10 @@ class Vector:
     level: int
     static: bool
     """Whether it depends on shapes and constants alone."""
+    inputs: tuple[str, ...] = ()
+    """The vectors and maps (whose shapes it asks for) that it reads."""
+    writes: bool = False
+    """Whether it writes on what it reads."""
 
 
 @dataclass
@@ -129,11 +135,15 @@ class Network:
             check_vectors(network, "the network")
         return network
 
-    def evaluate(self, env: dict[str, Any], level: int) -> None:
-        """Computes the vectors of this level into `env`, which holds the reductions below it."""
+    def evaluate(self, env: dict[str, Any], level: int, versions: dict[str, int]) -> None:
+        """Computes the vectors of this level into `env`, which holds the reductions below it.
+
+        `versions` gets how often each had been written on by then.
+        """
         for vector in self.vectors:
             if vector.level == level or (vector.static and vector.name not in env):
                 env[vector.name] = vector.call(env)
+                versions[vector.name] = getattr(env[vector.name], "_version", 0)
 
     def levels(self) -> int:
         return 1 + max([v.level for v in self.vectors] + [n.level for n in self.nodes])
@@ -195,24 +205,25 @@ def check_vectors(network: Network, what: str) -> None:
         name: r.shaped(torch.zeros(r.size(), dtype=network.dtype, device=network.device))
         for name, r in network.reductions.items()
     }
+    versions = dict.fromkeys(env, 0)
     try:
         with torch.no_grad():
             for level in range(network.levels()):
-                network.evaluate(env, level)
-    except RuntimeError as error:
+                network.evaluate(env, level, versions)
+    except Exception as error:  # of the user's code, whatever it is
         why = str(error).partition("\n")[0]
         raise ValueError(
             f"{what}: what it computes of pooled values fails on those that are streamed: {why}"
         ) from error
+    levels = {name: r.level for name, r in network.reductions.items()} | {v.name: v.level for v in network.vectors}
+    late = {i for v in network.vectors for i in v.inputs if v.level > levels.get(i, v.level)}
+    for name in late.union(*(n.vectors for n in network.nodes)):
+        if isinstance(env[name], Tensor) and env[name]._version != versions[name]:
+            raise ValueError(f"{what}: {name}, computed of pooled values, is overwritten, and maps or others that wait "
+                             "for maps read it; use the form that is not in place")  # fmt: skip
     for node in network.nodes:
         for name in node.vectors:
-            value = env[name]
-            if not isinstance(value, Tensor) or node.operation.own_form:
-                continue
-            flat = node.operation.flat
-            wide = value.shape[-1:] if flat else value.shape[-2:]
-            count = value.shape[-2 if flat else -3] if value.ndim >= (2 if flat else 3) else 1
-            if any(n > 1 for n in wide) or value.ndim > (3 if flat else 4) or count not in (1, node.channels):
+            if isinstance(value := env[name], Tensor) and not _fits(value.shape, node.operation.vectors, node.channels):
                 raise ValueError(
                     f"{node.path or node.name}: a map of {node.channels} channels meets a vector of shape "
                     f"{tuple(value.shape)}; only one value a channel, (N, C, 1, 1), can be streamed"
@@ -225,13 +236,23 @@ def check_vectors(network: Network, what: str) -> None:
         raise ValueError(f"{what}.forward gives {shape}; it must give logits (N, num_classes) or a map")
 
 
+def _fits(shape: torch.Size, layout: str, channels: int) -> bool:
+    """Whether a vector holds one value a channel, or one for all, beside a map laid out like this."""
+    where = {"map": -3, "flat": -2, "last": -1, "own": 0}[layout]
+    if layout == "own":
+        return True
+    sides, most = dict(enumerate(reversed(shape), 1)), 3 if layout == "flat" else 4
+    return len(shape) <= most and all(n in ((1, channels) if -i == where else (1,)) for i, n in sides.items())
+
+
 class _Builder:
     """Walks the recorded graph once, sorting its nodes into maps, reductions and vectors."""
 
     def __init__(self, net: nn.Module, graph: fx.Graph) -> None:
         self.net, self.graph = net, graph
         self.modules = dict(net.named_modules())
-        parameter = next(iter(net.parameters()), torch.zeros(()))
+        floats = (b for b in net.buffers() if b.is_floating_point())
+        parameter = next(chain(net.parameters(), floats), torch.zeros(()))
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         if len(inputs) != 1:
             raise ValueError(
@@ -290,7 +311,9 @@ class _Builder:
         if inputs and node not in self.static:
             self.network.linear = self.network.linear and supported.is_linear(self.target(node))
             self.network.clamped = self.network.clamped or supported.is_relu(self.target(node))
-        self.network.vectors.append(Vector(node.name, self._caller(node), level, node in self.static))
+        read = tuple(n.name for n in inputs)
+        static, writes = node in self.static, supported.is_inplace(self.target(node), node.kwargs)
+        self.network.vectors.append(Vector(node.name, self._caller(node), level, static, read, writes))
 
     def _caller(self, node: fx.Node) -> Callable[[Mapping[str, Any]], Any]:
         net, target = self.net, node.target
@@ -338,7 +361,8 @@ class _Builder:
             hooks = [module._backward_hooks, module._backward_pre_hooks]
             if module is self.net:
                 hooks += [module._forward_hooks, module._forward_pre_hooks]
-            if any(hooks) or "forward" in vars(module):
+            container = module is not self.net and not _Tracer().is_leaf_module(module, path)
+            if any(hooks) or "forward" in vars(module) or (container and supported.has_hooks(module)):
                 raise ValueError(
                     f"{path or '(root)'}: {type(module).__name__}: has hooks, or a forward of its own, which cannot be "
                     "streamed; remove them first"
@@ -349,18 +373,17 @@ class _Builder:
         network, wanted = self.network, {self.network.output}
         used: dict[str, tuple[str, ...]] = {n.name: (*n.inputs, *n.vectors) for n in network.nodes}
         used |= {name: (r.source,) for name, r in network.reductions.items()}
-        inputs = {n.name: tuple(i.name for i in n.all_input_nodes) for n in self.graph.nodes}
-        used |= {v.name: getattr(v.call, "inputs", inputs.get(v.name, ())) for v in network.vectors}
-        stack = [network.output, *(v.name for v in network.vectors if v.static)]  # shapes are asked of maps
+        used |= {v.name: v.inputs for v in network.vectors}
+        stack = [network.output, *(v.name for v in network.vectors if v.static or v.writes)]  # shapes: asked of maps
+        wanted |= set(stack)
         while stack:
             for name in used.get(stack.pop(), ()):
                 if name not in wanted:
                     wanted.add(name)
                     stack.append(name)
-        statics = {v.name for v in network.vectors if v.static}
         network.nodes = [n for n in network.nodes if n.name in wanted]
         network.reductions = {name: r for name, r in network.reductions.items() if name in wanted}
-        network.vectors = [v for v in network.vectors if v.name in wanted or v.name in statics]
+        network.vectors = [v for v in network.vectors if v.name in wanted]
         known = {network.image, *(n.name for n in network.nodes)}
         if not network.reductions and network.output not in known:
             raise ValueError(f"{type(self.net).__name__}.forward does not depend on its input")
@@ -375,7 +398,7 @@ class _Builder:
                 f"{type(self.net).__name__} has no convolution, so the number of input channels is not known"
             )
         assert isinstance(first.operation, known)
-        network.channels = self._image_channels(first, first.operation.conv.in_channels)
+        network.channels = self._image_channels(first.path or first.name, first.operation.conv.in_channels)
         channels = {network.image: network.channels}
         strides: dict[str, Stride] = {network.image: (1, 1)}
         for node in network.nodes:
@@ -386,15 +409,27 @@ class _Builder:
         for reduction in network.reductions.values():
             reduction.channels = channels[reduction.source]
 
-    def _image_channels(self, first: Node, wanted: int) -> int:
-        """How many the image must have for the first convolution to read as many as it does."""
-        for count in range(1, wanted + 1):
+    def _image_channels(self, first: str, wanted: int) -> int:
+        """How many the image must have for all convolutions to read as many as they do.
+
+        Three, where that is one of several answers, as in a network that makes its image grey; else the fewest.
+        """
+        why = ""
+        count: int
+        for count in (3, *range(1, MOST_CHANNELS)):
             channels = {self.network.image: count}
-            for node in self.network.nodes[: self.network.nodes.index(first)]:
-                channels[node.name] = node.operation.channels(*(channels[name] for name in node.inputs))
-            if channels[first.inputs[0]] == wanted:
-                return count
-        raise ValueError(f"{first.path or first.name}: no number of image channels gives it the {wanted} that it reads")
+            try:
+                for node in self.network.nodes:
+                    given = [channels[name] for name in node.inputs]
+                    conv = getattr(node.operation, "conv", None)
+                    if conv is not None and given[0] != conv.in_channels:
+                        break
+                    channels[node.name] = node.operation.channels(*given)
+                else:
+                    return count
+            except ValueError as error:  # fewer than it cuts out
+                why = why or str(error)
+        raise ValueError(why or f"{first}: no number of image channels gives it the {wanted} that it reads")
 
     def path(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -452,10 +487,9 @@ class _Context:
             n, c, h, w = known[value]
             return call(torch.Size((n, c, h * w)) if flat else torch.Size((n, c, h, w)))
 
-        get.inputs = (value,)  # type: ignore[attr-defined]
         self.builder.static.add(self.node)
         self.builder.levels[self.node.name] = 0
-        self.network.vectors.append(Vector(self.node.name, get, 0, True))
+        self.network.vectors.append(Vector(self.node.name, get, 0, True, (value,)))
 
     def map(
         self, operation: Operation, inputs: tuple[Any, ...], vectors: tuple[str, ...] = (), *,
@@ -489,8 +523,7 @@ class _Context:
         def area(known: Mapping[str, Any]) -> int:
             return int(known[source][2] * known[source][3])
 
-        area.inputs = (source,)  # type: ignore[attr-defined]
-        self.network.vectors.append(Vector(name, area, 0, True))
+        self.network.vectors.append(Vector(name, area, 0, True, (source,)))
 
     def parts(self, names: list[str]) -> None:
         """The node is a tuple of these maps."""
@@ -508,10 +541,9 @@ class _Context:
     def vector(self, name: str, call: Callable[[Mapping[str, Any]], Any], inputs: tuple[str, ...]) -> str:
         """Appends a vector computed from others."""
         level = max(self.builder.levels[i] for i in inputs)
-        call.inputs = inputs  # type: ignore[attr-defined]
         self.builder.levels[name] = level
         self.network.linear = False
-        self.network.vectors.append(Vector(name, call, level, False))
+        self.network.vectors.append(Vector(name, call, level, False, inputs))
         return name
 
     def constant(self, source: Any) -> Any:
