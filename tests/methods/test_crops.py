@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilestream.geometry import Region, interior
-from tilestream.methods import Normalised, crop_region, cut, extremes, normalise_crop, random_centre, unhealthy
+from tilestream.methods import (
+    Border,
+    FieldOfView,
+    Normalised,
+    crop_region,
+    cut,
+    extremes,
+    normalise_crop,
+    random_centre,
+    unhealthy,
+)
 
 SIDES = st.integers(1, 50)
 
@@ -124,6 +134,24 @@ def test_random_centre_is_the_same_on_every_machine():
 def test_a_border_that_leaves_nothing_is_an_error():
     with pytest.raises(ValueError, match="leaves no pixel"):
         random_centre((1, 9), 0.1, 0, "a")
+
+
+def test_random_centres_obey_the_circle_rule_and_reach_all_of_it():
+    extent, field = (30, 40), FieldOfView(y_px=14.5, x_px=19, radius_px=17, first_row_px=3, last_row_px=26)
+    counts = np.zeros(extent, int)
+    for number in range(6000):
+        counts[random_centre(extent, 0.1, 3, f"{number}_left", field)] += 1
+    inside = Border(extent, 0.1, field).mask(Region.whole(extent))
+    assert (counts[~inside] == 0).all()
+    held = counts[inside]
+    mean = 6000 / held.size
+    assert ((held - mean) ** 2 / mean).sum() < held.size - 1 + 5 * np.sqrt(2 * (held.size - 1))
+
+
+def test_a_circle_that_leaves_next_to_nothing_is_an_error():
+    sliver = FieldOfView(y_px=-706.5, x_px=-706.5, radius_px=1250, first_row_px=-2000, last_row_px=2000)
+    with pytest.raises(ValueError, match=r"border=0\.1 leaves next to no pixel of id='a'"):
+        random_centre((4000, 4000), 0.1, 0, "a", sliver)
 
 
 def test_unhealthy_from_grade_2():

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tilestream.geometry import Extent, Region, interior
+from tilestream.geometry import Extent, Region
 
+from .centres import Border, FieldOfView
 from .preprocessing import Extremes, Floats, Normalised, Pixels
 
 UNHEALTHY_FROM = 2
@@ -52,12 +53,22 @@ def normalise_crop(
     return np.pad(values, missing) if any(after for _, after in missing) else values
 
 
-def random_centre(extent: Extent, border: float, seed: int, id: str) -> tuple[int, int]:
-    """A centre drawn evenly inside the border rule (else the rim would tell healthy crops), by seed and id alone."""
-    inside = interior(extent, border)
+def random_centre(
+    extent: Extent, border: float, seed: int, id: str, field: FieldOfView | None = None
+) -> tuple[int, int]:
+    """A centre drawn evenly inside the border rule (else the rim would tell healthy crops), by seed and id alone.
+
+    With a field of view the rule is the circle's; ValueError where hardly a point of its box is inside.
+    """
+    rule = Border(extent, border, field)
+    inside = rule.box
     digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-    return int(rng.integers(inside.y0, inside.y1)), int(rng.integers(inside.x0, inside.x1))
+    for _ in range(1000):
+        y, x = int(rng.integers(inside.y0, inside.y1)), int(rng.integers(inside.x0, inside.x1))
+        if rule.mask(Region(y, y + 1, x, x + 1)).all():
+            return y, x
+    raise ValueError(f"border={border} leaves next to no pixel of id={id!r}, whose field of view is {field}")
 
 
 class _Placed:

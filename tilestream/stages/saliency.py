@@ -7,78 +7,52 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
 import zarr
-from pydantic import Field
 
 from tilestream.cluster import Job, prepared, tell
-from tilestream.engine import SaliencyPass
-from tilestream.methods import crop_region
+from tilestream.methods import FieldOfView, crop_region
 from tilestream.store.layout import encode_id
 
 from . import saliency_tasks as tasks
-from .base import Context, Stage, StageConfig, digest, replacing, write_json
+from . import saliency_whole as whole
+from .base import Context, Stage, digest, replacing, write_json
 from .jobs import Load, run_jobs
 from .models import locate, read_model
 from .preprocess import ensure_extremes
 from .runner import Journal
-from .saliency_plans import Plans, Shares
+from .saliency_config import SaliencyConfig, field_of_view
+from .saliency_plans import Plans, Shares, Whole, check_target, takes_whole
 from .split import chosen, path_of, write_table
 
 
-class SaliencyConfig(StageConfig):
-    """Computes the input gradient of a network over photographs and finds its highest point inside the border."""
-
-    model: str = Field("first", description="model file, or the name of one of this run's models")
-    net: str | None = Field(None, description="package.module:factory, for a file that does not name its network")
-    resolution: Literal["full", "square"] = Field(
-        "full", description="the photograph as it is, or squashed to the training square"
-    )
-    method: Literal["gradient"] = Field("gradient", description="what is propagated back")
-    reduce: Literal["mean", "absmean", "absmax"] = Field("mean", description="how the three channels become one")
-    target: int = Field(1, ge=0, description="the logit that is differentiated")
-    border: float = Field(
-        0.1, ge=0, lt=0.5, description="kappa, the share of the frame left out at each side (Formula 1)"
-    )
-    splits: list[str] | None = Field(None, description="only photographs of these splits (default: all)")
-    limit: int | None = Field(None, ge=1, description="only the first so many photographs")
-    tile_px: int | None = Field(None, description="side of the tiles in px instead of the budget's choice")
-    granularity: Literal["auto", "image", "band", "tile"] = Field(
-        "auto",
-        description="what one task computes: a whole image, a row of tiles, a tile, or what should be fastest",
-    )
-    precision: Literal["float32", "bf16"] = Field(
-        "float32", description="bf16 is faster where workers have it; its error is measured and said"
-    )
-    write: bool = Field(False, description="keep the maps at full resolution, as saliency.zarr/ID, a chunk a tile")
-
-
 def run(config: SaliencyConfig, context: Context) -> None:
-    """Writes centres.parquet (id, y_px, x_px, value, probability) and overviews/ID.npy; maps on request.
+    """Writes centres.parquet (id, y_px, x_px, value, probability), candidates.parquet (id, rank, y_px, x_px, value) and
+    overviews/ID.npy; maps on request. Rank 0 is the centre; a network that returns a map has no probability (NaN).
 
-    Under another stage name S the files are S.parquet and S_overviews. Finished photographs are in the journal.
-    Photographs at which worker processes die are left out, and told in quarantine/S.json: [{id, reason}].
+    Under another stage name S the files are S.parquet, S_candidates.parquet and S_overviews. Finished photographs are
+    in the journal. Photographs at which worker processes die are left out, and told in quarantine/S.json: [{id,
+    reason}].
     """
     samples = chosen(context, config.splits, config.limit)
     model = read_model(context, config.model, config.net)
     average = model.preprocessing.get("average")
     extents = {row.id: (int(row.height), int(row.width)) for row in samples.itertuples()}
-    files = Plans(config, context, model.net)
-    if config.resolution == "square" and average is None:
+    square, side = config.resolution == "square", 0 if average is None else int(average.shape[-1])
+    if square and not side:
         raise ValueError(f"model={config.model!r} carries no square to squash to; use resolution=full")
-    for extent in sorted(set(extents.values())):  # before any work: a small budget, an unknown target are said at once
-        if config.resolution == "full":
-            work = SaliencyPass(files.network, tasks.read_plan(files.path(extent)), target=config.target)
-            if work.one_sweep:
-                work.upstream()
+    if square and config.write:
+        raise ValueError("write=true keeps maps at full resolution, which resolution=square does not compute")
+    plans = make_plans(config, context, model.net, sorted({(side, side)} if square else set(extents.values())))
     known = {}
-    if average is not None and config.resolution == "full":
+    if average is not None and not square:
         known = ensure_extremes(context, np.asarray(average, np.float32), list(samples["id"]))
     path, device = locate(context, config.model), context.device
     common: dict[str, Any] = {
@@ -88,11 +62,14 @@ def run(config: SaliencyConfig, context: Context) -> None:
         "net": config.net,
         "target": config.target,
         "method": config.method,
+        "noise": config.noise_of(255.0 if average is None else 1.0),
         "reduce": config.reduce,
         "border": config.border,
+        "search": config.search,
         "precision": config.precision,
         "device": device,
         "threads": context.cluster.threads,
+        **(plans.budget if isinstance(plans, Whole) else {}),
     }
     _same_machine(context, device)
     journal = Journal(context.partial_path / "centres.jsonl")
@@ -100,19 +77,21 @@ def run(config: SaliencyConfig, context: Context) -> None:
     if done:
         context.say(f"{context.name}: {len(done)} of {len(samples)} photographs are done already")
     missing = [id for id in samples["id"] if id not in done]
-    chosen_by = Shares(config, context, files, [extents[id] for id in missing])
+    chosen_by = Shares(config, context, plans, [extents[id] for id in missing])
+    store, fields = context.store, dict[str, FieldOfView | None]()
 
     def make(id: str) -> Job:
         size = extents[id][0] * extents[id][1] / 1e6
-        if config.resolution == "square":
-            side = int(model.preprocessing["average"].shape[-1])
-            return Job.call(id, tasks.squashed, tasks.Task(id=id, plan="", **common), side, size=size)
-        target = _create_map(context, id, files, extents[id]) if config.write else None
-        share = chosen_by.of(extents[id])
-        task = tasks.Task(
-            id=id, plan=files.path(extents[id]), extremes=known.get(id), write=target, granularity=share, **common
-        )
-        return Job(id, tasks.reduction(task), size=size, tiles=files.tiles(extents[id]))
+        fields[id] = field_of_view(store, id) if config.border_rule == "circle" else None
+        task = tasks.Task(id=id, plan="", circle=fields[id], extremes=known.get(id), **common)
+        if square:
+            return Job.call(id, whole.square, task, side, size=size)
+        task = replace(task, write=_create_map(context, id, plans, extents[id]) if config.write else None)
+        if isinstance(plans, Whole):
+            job = Job.call(id, whole.photograph, task, size=size)
+            return replace(job, tiles=plans.tiles(extents[id]))
+        task = replace(task, plan=plans.path(extents[id]), granularity=chosen_by.of(extents[id]))
+        return Job(id, tasks.reduction(task), size=size, tiles=plans.tiles(extents[id]))
 
     pictures = _Pictures(context)
 
@@ -120,12 +99,13 @@ def run(config: SaliencyConfig, context: Context) -> None:
         overview = overview_path(context, context.name, id)
         with replacing(overview) as temporary, temporary.open("wb") as file:
             np.save(file, value.overview)
-        record = {"id": id, "y_px": value.peak.y_px, "x_px": value.peak.x_px, "value": value.peak.value}
         if config.write:  # a map appears under its name when it is whole
             final = maps_path(context) / encode_id(id)
             shutil.rmtree(final, ignore_errors=True)
             _map_path(context, id).rename(final)
-        done[id] = {**record, "probability": value.probability}
+        centres = [{"y_px": c.y_px, "x_px": c.x_px, "value": c.value} for c in value.candidates]
+        framed = fields.pop(id) is None and config.border_rule == "circle"
+        done[id] = {"id": id, "candidates": centres, "probability": value.probability, "framed": framed}
         journal.append(done[id])
         pictures.show(id, value, extents[id])
 
@@ -139,15 +119,47 @@ def run(config: SaliencyConfig, context: Context) -> None:
         if config.precision == "bf16" and missing:
             _say_error(context, tasks.Task(id=missing[0], plan="", extremes=known.get(missing[0]), **common))
         run_jobs(context, context.name, missing, make, result, chosen_by.load(device), poison)
-    rows = [done[id] for id in samples["id"] if "quarantined" not in done[id]]
-    lost = [{"id": id, "reason": done[id]["quarantined"]} for id in samples["id"] if "quarantined" in done[id]]
+    _write_tables(config, context, [done[id] for id in samples["id"]])
+
+
+def make_plans(config: SaliencyConfig, context: Context, net: Any, extents: list[tuple[int, int]]) -> Plans | Whole:
+    """How images of these extents are cut; before any work a small budget and an unknown target are said."""
+    plans: Plans | Whole = Plans(config, context, net)
+    for extent in extents[:1]:
+        check_target(config, plans.network, extent)
+    if takes_whole(config, plans.network):
+        plans = Whole(config, context, net)
+    for extent in extents:
+        if isinstance(plans, Whole) or config.resolution == "full":
+            plans.tiles(extent)
+    return plans
+
+
+def _write_tables(config: SaliencyConfig, context: Context, records: list[dict[str, Any]]) -> None:
+    """Centres, candidates and quarantine, from the journal's records in order of id."""
+    rows = [record for record in records if "quarantined" not in record]
+    lost = [{"id": record["id"], "reason": record["quarantined"]} for record in records if "quarantined" in record]
     if not rows:
         raise RuntimeError(f"{context.name}: worker processes die at every photograph; the first: {lost[0]['reason']}")
     if lost:
         context.say(f"{context.name}: {len(lost)} photographs are quarantined: {', '.join(r['id'] for r in lost[:5])}")
+    if framed := [row["id"] for row in rows if row["framed"]]:
+        context.say(
+            f"{context.name}: {len(framed)} of {len(rows)} photographs have no field of view, so the frame rule was "
+            f"used for them: {', '.join(framed[:5])}"
+        )
     write_json(quarantine_path(context, context.name), lost)
-    table = pd.DataFrame(rows, columns=["id", "y_px", "x_px", "value", "probability"])
-    write_table(centres_path(context, context.name), table)
+    centres = [{"id": r["id"], **r["candidates"][0], "probability": r["probability"]} for r in rows]
+    table = pd.DataFrame(centres, columns=["id", "y_px", "x_px", "value", "probability"])
+    write_table(centres_path(context, context.name), table.astype({"probability": "float64"}))
+    ranks = [{"id": r["id"], "rank": rank, **centre} for r in rows for rank, centre in enumerate(r["candidates"])]
+    table = pd.DataFrame(ranks, columns=["id", "rank", "y_px", "x_px", "value"])
+    write_table(candidates_path(context, context.name), table)
+    if len(table) < config.candidates * len(rows):
+        fewer = int((table.groupby("id").size() < config.candidates).sum())
+        context.say(
+            f"{context.name}: {fewer} of {len(rows)} photographs have fewer than {config.candidates} candidates"
+        )
 
 
 def _same_machine(context: Context, device: str) -> None:
@@ -173,7 +185,7 @@ def _say_error(context: Context, task: tasks.Task) -> None:
             f"highest point there lies {moved_px:.0f} px away"
         )
 
-    run_jobs(context, "bf16", [task.id], lambda id: Job.call(id, tasks.distance_to_float32, task), said,
+    run_jobs(context, "bf16", [task.id], lambda id: Job.call(id, whole.distance_to_float32, task), said,
              Load(device=task.device))  # fmt: skip
 
 
@@ -200,10 +212,10 @@ class _Pictures:
         tell(self.context.client(), "picture", **self.context.labels, **fields)
 
 
-def _create_map(context: Context, id: str, plans: Plans, extent: tuple[int, int]) -> str:
+def _create_map(context: Context, id: str, plans: Plans | Whole, extent: tuple[int, int]) -> str:
     """An empty map on disk, chunked as the plan's cells are: each task owns whole chunks."""
     path = _map_path(context, id)
-    chunks = tasks.read_plan(plans.path(extent)).tile_px
+    chunks = (whole.BOX_PX, whole.BOX_PX) if isinstance(plans, Whole) else plans.layout(extent).tile_px
     zarr.create_array(
         path,
         shape=extent,
@@ -227,6 +239,10 @@ def centres_path(context: Context, name: str) -> Path:
     return context.run / ("centres.parquet" if name == "saliency" else f"{name}.parquet")
 
 
+def candidates_path(context: Context, name: str) -> Path:
+    return context.run / ("candidates.parquet" if name == "saliency" else f"{name}_candidates.parquet")
+
+
 def quarantine_path(context: Context, name: str) -> Path:
     return context.run / "quarantine" / f"{name}.json"
 
@@ -243,7 +259,8 @@ def reads(config: SaliencyConfig, context: Context) -> Iterable[Path]:
 def writes(config: SaliencyConfig, context: Context) -> Iterable[Path]:
     folder = overview_path(context, context.name, "x").parent
     maps = [maps_path(context)] if config.write else []
-    return [centres_path(context, context.name), folder, quarantine_path(context, context.name), *maps]
+    tables = [centres_path(context, context.name), candidates_path(context, context.name)]
+    return [*tables, folder, quarantine_path(context, context.name), *maps]
 
 
 STAGE = Stage("saliency", SaliencyConfig, run, reads, writes, operational=frozenset({"granularity"}))

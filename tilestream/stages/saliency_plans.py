@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tilestream.engine import plan, trace
+from tilestream.engine import Network, SaliencyPass, plan, stream, trace
 from tilestream.geometry import Granularity, TilePlan
 
 from . import saliency_tasks as tasks
-from .base import Context, replacing
+from .base import Context, replacing, write_json
 from .granularity import choose, shares
 from .jobs import Load
-
-if TYPE_CHECKING:
-    from .saliency import SaliencyConfig
+from .saliency_config import SaliencyConfig
 
 
 class Plans:
@@ -31,9 +31,13 @@ class Plans:
             self._plans[extent] = self._record(extent)
         return self._plans[extent][0]
 
+    def layout(self, extent: tuple[int, int]) -> TilePlan:
+        return tasks.read_plan(self.path(extent))
+
     def tiles(self, extent: tuple[int, int]) -> int:
+        """Of all sweeps over an image."""
         self.path(extent)
-        return self._plans[extent][1]
+        return self._plans[extent][1] * (self.config.samples if self.config.method == "smoothgrad" else 1)
 
     def _record(self, extent: tuple[int, int]) -> tuple[str, int]:
         path = self.context.partial_path / f"plan-{extent[0]}x{extent[1]}.json"
@@ -58,10 +62,74 @@ class Plans:
         return str(recorded), len(layout.tiles)
 
 
+class Whole:
+    """A whole image a task, by stored maps: the budget that its tiles follow from.
+
+    An unfinished run's budget is used again.
+    """
+
+    def __init__(self, config: SaliencyConfig, context: Context, net: Any) -> None:
+        self.config, self.context, self.network = config, context, trace(net)
+        if config.granularity in ("band", "tile"):
+            raise ValueError(f"granularity={config.granularity!r}, but {self.why}; use image or auto")
+        path = context.partial_path / "budget.json"
+        if not path.exists():
+            write_json(path, {"memory": int(context.cluster.memory), "tile_px": config.tile_px})
+        self.budget: dict[str, Any] = json.loads(path.read_text())
+        precision = None if config.precision == "float32" else config.precision
+        tile = self.budget["tile_px"]
+        self.streamed = stream(net, precision=precision, memory=None if tile else self.budget["memory"], tile=tile)
+        self._tiles: dict[tuple[int, int], int] = {}
+
+    @property
+    def why(self) -> str:
+        if self.config.method != "gradient":
+            return f"method={self.config.method!r} takes whole {'photographs' if self.full else 'squares'}"
+        return "this network looks at the whole image before its end, or returns a map"
+
+    @property
+    def full(self) -> bool:
+        return self.config.resolution == "full"
+
+    def tiles(self, extent: tuple[int, int]) -> int:
+        """Of all sweeps over an image, roughly."""
+        if extent not in self._tiles:
+            smooth = self.config.method == "smoothgrad"
+            reduce = None if smooth and self.config.reduce != "mean" else self.config.reduce
+            method = "gradient" if smooth else self.config.method
+            layout = self.streamed.plan((self.network.channels, *extent), reduce=reduce, method=method, out=True)
+            self.context.say(f"{self.context.name}: {self.why}: {layout}")
+            sweeps = (2 if layout.mode == "gather" else 1) * (self.config.samples if smooth else 1)
+            self._tiles[extent] = layout.tiles * sweeps
+        return self._tiles[extent]
+
+
+def takes_whole(config: SaliencyConfig, network: Network) -> bool:
+    """Whether tiles of the whole network cannot do it, each on its own; of squares, whether one tile cannot."""
+    if config.resolution == "square" and config.method == "smoothgrad":
+        return True
+    return config.method in ("guided", "deconv") or not _one_pass(network)
+
+
+def _one_pass(network: Network) -> bool:
+    """Whether no map depends on the whole image, and the result is no map."""
+    return not network.dense and not any(node.level for node in network.nodes)
+
+
+def check_target(config: SaliencyConfig, network: Network, extent: tuple[int, int]) -> None:
+    """ValueError for a logit that the network does not have, where that is known before it ran."""
+    if _one_pass(network) and network.linear:
+        side = math.ceil(max(network.nodes[-1].stride))
+        layout = plan(network, extent, tile=-(-max(extent) // side) * side)
+        SaliencyPass(network, layout, target=config.target).upstream()
+
+
 class Shares:
     """What a task computes, for each size of photograph; recorded nowhere, for it changes no bit."""
 
-    def __init__(self, config: SaliencyConfig, context: Context, files: Plans, missing: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, config: SaliencyConfig, context: Context, files: Plans | Whole, missing: list[tuple[int, int]]
+    ) -> None:
         self.chosen: dict[tuple[int, int], Granularity] = {}
         self.largest = Load()
         if config.resolution == "square" or not missing:
@@ -69,6 +137,9 @@ class Shares:
         slots, memory = context.slots, int(context.cluster.memory)
         channels = 1 if config.reduce == "mean" else files.network.channels
         check_memory(context)
+        if isinstance(files, Whole):
+            self.largest = Load(tiles=sum(files.tiles(extent) for extent in missing))
+            return
         for extent, count in Counter(missing).items():
             layout = tasks.read_plan(files.path(extent))
             ways = {share.granularity: share for share in shares(layout, count, slots, channels)}

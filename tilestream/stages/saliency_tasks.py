@@ -7,9 +7,8 @@ plans are read once a process, by path and hash.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +18,21 @@ import torch
 import zarr
 
 from tilestream.cluster import Reduction, tile_done
-from tilestream.engine import Network, Peak, Reduce, SaliencyPass, Source, highest, highest_of, plan, trace
-from tilestream.geometry import Extent, Granularity, Region, TilePlan, interior
-from tilestream.methods import Extremes, Normalised, normalise_square, resize_square
-from tilestream.nets import load_model
+from tilestream.engine import Network, Peak, Reduce, SaliencyPass, Source, trace
+from tilestream.geometry import Extent, Granularity, Region, Tile, TilePlan
+from tilestream.methods import (
+    Border,
+    Extremes,
+    FieldOfView,
+    Noise,
+    Noisy,
+    Normalised,
+    Search,
+    Seen,
+    conclude,
+    look,
+)
+from tilestream.nets import Model, load_model
 from tilestream.store import Store
 
 Precision = Literal["float32", "bf16"]
@@ -42,8 +52,13 @@ class Task:
     net: str | None = None
     target: int = 1
     method: str = "gradient"
+    """Of `tilestream.stream`, or smoothgrad: then with `noise`."""
+    noise: Noise | None = None
     reduce: Reduce = "mean"
     border: float = 0.1
+    circle: FieldOfView | None = None
+    """For the circle rule; None: the frame's."""
+    search: Search = field(default_factory=Search)
     extremes: Extremes | None = None
     write: str | None = None
     granularity: Granularity = "tile"
@@ -51,26 +66,43 @@ class Task:
     device: str = "cpu"
     threads: int | None = None
     """Of torch, for each task anew: another run on the same workers may want another number. None leaves them."""
+    memory: int = 0
+    """Bytes, where a whole image is one task by stored maps, and `tile_px` its tiles; 0: whole-network tiles."""
+    tile_px: int | None = None
+
+    def rule(self, extent: Extent, photograph: Extent | None = None) -> Border:
+        """The border rule of a map."""
+        return Border(extent, self.border, self.circle, photograph)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A map's highest point inside the border, its small picture (h, w) float32, and the network's probability."""
+    """A map's centre, its small picture (h, w) float32, the photograph's probability, and all candidates.
+
+    The centre is the first candidate. A network that returns a map has no probability.
+    """
 
     peak: Peak
-    probability: float
+    probability: float | None
     overview: np.ndarray
+    candidates: tuple[Peak, ...] = ()
+
+
+@lru_cache(maxsize=2)
+def read(path: str, sha256: str, net: str | None) -> Model:
+    """A model, once a process; ValueError where the file is not the one that the driver saw."""
+    data = Path(path).read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"model file {path!r} changed while the run was going on; start the run again")
+    return load_model(path, architecture=net)
 
 
 @lru_cache(maxsize=2)
 def network(
     path: str, sha256: str, net: str | None, precision: Precision = "float32", device: str = "cpu"
 ) -> tuple[Network, np.ndarray | None]:
-    """A traced network and its average image, once a process; the file must be the one that the driver saw."""
-    data = Path(path).read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"model file {path!r} changed while the run was going on; start the run again")
-    model = load_model(path, architecture=net)
+    """A traced network and its average image, once a process."""
+    model = read(path, sha256, net)
     average = model.preprocessing.get("average")
     traced = trace(model.net.to(device), None if precision == "float32" else precision)
     return traced, None if average is None else np.asarray(average, np.float32)
@@ -85,12 +117,12 @@ def read_plan(path: str) -> TilePlan:
 @lru_cache(maxsize=4)
 def saliency_pass(task: Task) -> SaliencyPass:
     """The pass that a task's tiles and cells are steps of."""
-    return SaliencyPass(
-        _network(task)[0], read_plan(task.plan), target=task.target, reduce=task.reduce, method=task.method
-    )
+    method = "gradient" if task.noise else task.method
+    return SaliencyPass(traced(task)[0], read_plan(task.plan), target=task.target, reduce=task.reduce, method=method)
 
 
-def _network(task: Task) -> tuple[Network, np.ndarray | None]:
+def traced(task: Task) -> tuple[Network, np.ndarray | None]:
+    """The task's network and average image, and its number of threads from now on."""
     if task.threads is not None and torch.get_num_threads() != task.threads:
         torch.set_num_threads(task.threads)
     return network(task.model, task.model_sha256, task.net, task.precision, task.device)
@@ -99,7 +131,7 @@ def _network(task: Task) -> tuple[Network, np.ndarray | None]:
 def source(task: Task) -> Source:
     """The photograph as the network takes it: normalised if the model says how, raw grey levels otherwise."""
     image = Store(task.store).image(task.id)
-    average = _network(task)[1]
+    average = traced(task)[1]
     if average is None or task.extremes is None:
         return image
     return Normalised(image, average, task.extremes)
@@ -127,8 +159,8 @@ _LOGITS = -1
 """The destination of the tiles' forward shares; the others are groups of cells, numbered as those of tiles."""
 Strips = dict[int, list[tuple[Region, np.ndarray]]]
 """By cell: what tiles add to its gradient, in ascending order of tiles."""
-Cell = tuple[Peak | None, Region, np.ndarray]
-"""The highest point of a box of the map (a cell, or a part of one), the box, and its small picture."""
+Cell = tuple[Seen, Region, np.ndarray]
+"""What a box of the map (a cell, or a part of one) shows to find centres by, the box, and its small picture."""
 
 
 def _routes(layout: TilePlan, groups: tuple[range, ...]) -> dict[int, tuple[int, ...]]:
@@ -139,34 +171,46 @@ def _routes(layout: TilePlan, groups: tuple[range, ...]) -> dict[int, tuple[int,
     return {number: tuple(sorted(found)) for number, found in sources.items()}
 
 
+def copies(task: Task, image: Source) -> Iterator[Source]:
+    """What gradients are taken of: the image, or noisy copies of it."""
+    if task.noise is None:
+        yield image
+    else:
+        yield from (Noisy(image, task.noise, sample) for sample in range(task.noise.samples))
+
+
 def _forward(task: Task, group: range) -> Mapping[int, Any]:
+    """For each tile of a group its forward shares, of each copy of the image."""
     work, image, shares = saliency_pass(task), source(task), []
     for index in group:
-        shares.append(work.forward(image, work.plan.tiles[index]))
+        shares.append([work.forward(copy, work.plan.tiles[index]) for copy in copies(task, image)])
         tile_done()
     return {0: shares}
 
 
-def _pool(task: Task, _: int, partials: list[list[Any]]) -> Any:
-    return saliency_pass(task).pooled([share for shares in partials for share in shares])
+def _pool(task: Task, _: int, partials: list[list[Any]]) -> list[Any]:
+    """The whole image's reductions, of each copy of it."""
+    tiles = [shares for group in partials for shares in group]
+    return [saliency_pass(task).pooled(list(shares)) for shares in zip(*tiles, strict=True)]
 
 
 def _only(values: list[Any]) -> Any:
     return values[0]
 
 
-def _tiles(task: Task, group: range, pooled: Any = None) -> Mapping[int, Any]:
+def _tiles(task: Task, group: range, pooled: Sequence[Any] | None = None) -> Mapping[int, Any]:
     """What a group's tiles add to the cells of each group, and the tiles' forward shares.
 
     What no other group adds to is finished at once: only strips travel, and those of a whole image never pile up.
     """
     work, image = saliency_pass(task), source(task)
-    layout, upstream, size = work.plan, work.upstream(pooled), len(group)
+    layout, size = work.plan, len(group)
+    upstreams = [work.upstream(each) for each in pooled or [None]]
     waiting, finished, shares = Strips(), list[Cell](), list[Any]()
     last = {cell: max((t for t in layout.routes[cell] if t in group), default=group[0])
             for cell in group if cell in layout.routes}  # fmt: skip
     for index in group:
-        share, pieces = work.pieces(image, layout.tiles[index], upstream)
+        share, pieces = _tile(task, image, layout.tiles[index], upstreams)
         shares.append(share)
         for cell, piece in pieces.items():
             waiting.setdefault(cell, []).append(piece)
@@ -175,12 +219,30 @@ def _tiles(task: Task, group: range, pooled: Any = None) -> Mapping[int, Any]:
             mine = waiting.pop(cell, [])
             finished += [_box(task, box, mine) for box in now]
             waiting[cell] = [part for piece in mine for box in later for part in _cut(piece, box)]
-        tile_done()
     found: dict[int, Any] = {group[0] // size: (finished, {}), _LOGITS: shares}
     for cell, strips in waiting.items():
         if strips:
             found.setdefault(cell // size, ([], {}))[1][cell] = strips
     return found
+
+
+def _tile(task: Task, image: Source, tile: Tile, upstreams: list[Any]) -> tuple[Any, dict[int, Any]]:
+    """A tile's forward shares of the image, and its gradient cut by cells: the mean over the copies."""
+    work, total = saliency_pass(task), dict[int, tuple[Region, np.ndarray]]()
+    if task.noise is None:
+        found = work.pieces(image, tile, upstreams[0])
+        tile_done()
+        return found
+    for number, copy in enumerate(copies(task, image)):
+        for cell, (region, values) in work.pieces(copy, tile, upstreams[number % len(upstreams)])[1].items():
+            if cell in total:
+                np.add(total[cell][1], values, out=total[cell][1])
+            else:
+                total[cell] = region, values.copy()
+        tile_done()
+    for _, values in total.values():
+        values /= task.noise.samples
+    return work.forward(image, tile), total
 
 
 def _shared_out(task: Task, layout: TilePlan, cell: int, group: range) -> tuple[list[Region], list[Region]]:
@@ -202,11 +264,10 @@ def _cut(piece: tuple[Region, np.ndarray], box: Region) -> list[tuple[Region, np
 
 def _cells(task: Task, number: int, parts: list[Any]) -> Any:
     """The finished boxes of a group's cells; or, of the forward shares, the probability."""
-    _network(task)
+    traced(task)
     work = saliency_pass(task)
     if number == _LOGITS:
-        logits = work.logits(work.pooled([share for shares in parts for share in shares]))
-        return float(torch.softmax(logits.double(), dim=1)[0, task.target])
+        return probability_of(work.logits(work.pooled([share for shares in parts for share in shares])), task.target)
     waiting, finished = Strips(), list[Cell]()
     for done, strips in parts:  # in ascending order of groups, and so of tiles
         finished += done
@@ -219,24 +280,36 @@ def _cells(task: Task, number: int, parts: list[Any]) -> Any:
 
 
 def _box(task: Task, box: Region, pieces: list[tuple[Region, np.ndarray]]) -> Cell:
-    """The highest point and small picture of a box of the map, its values written where they are wanted."""
     work = saliency_pass(task)
-    values = work.summed(box, pieces)
+    return found(task, task.rule(work.plan.image), box, work.summed(box, pieces))
+
+
+def found(task: Task, rule: Border, box: Region, values: np.ndarray) -> Cell:
+    """What is kept of a box of the map, (h, w); its values are written where they are wanted."""
     if task.write is not None:
         zarr.open_array(task.write, mode="r+")[box.y0 : box.y1, box.x0 : box.x1] = values
-    return highest(values, box, interior(work.plan.image, task.border)), box, overview(values, box)
+    return look(values, box, rule, task.search), box, overview(values, box)
 
 
 def _finish(task: Task, values: list[Any]) -> Result:
     probability, *groups = values  # the destination -1 comes first
-    cells = [cell for group in groups for cell in group]
-    extent = read_plan(task.plan).image
-    small = np.full(tuple(-(-n // OVERVIEW) for n in extent), -np.inf, np.float32)
+    return result(task, task.rule(read_plan(task.plan).image), [c for group in groups for c in group], probability)
+
+
+def result(task: Task, rule: Border, cells: Sequence[Cell], probability: float | None) -> Result:
+    """What all boxes of a map show together."""
+    small = np.full(tuple(-(-n // OVERVIEW) for n in rule.extent), -np.inf, np.float32)
     for _, cell, block in cells:
         y, x = cell.y0 // OVERVIEW, cell.x0 // OVERVIEW
         part = small[y : y + block.shape[0], x : x + block.shape[1]]
         np.maximum(part, block, out=part)  # cells of a small stride share blocks
-    return Result(highest_of([peak for peak, _, _ in cells]), probability, small)
+    centres = conclude([seen for seen, _, _ in cells], rule, task.search)
+    return Result(centres[0], probability, small, tuple(centres))
+
+
+def probability_of(logits: torch.Tensor, target: int) -> float | None:
+    """Of a class, by softmax; None for a network whose result is a map."""
+    return float(torch.softmax(logits.double(), dim=1)[0, target]) if logits.ndim == 2 and logits.shape[1] else None
 
 
 def overview(values: np.ndarray, cell: Region | None = None) -> np.ndarray:
@@ -259,66 +332,4 @@ def prepare(task: Task) -> None:
     if task.device == "cuda":  # the same bits on every run
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    _network(task)
-
-
-def distance_to_float32(task: Task, side_px: int = 1024) -> tuple[float, float]:
-    """Of the map of a photograph's middle alone: L2 distance by the norm, and how many px the highest point moves."""
-    image = source(task)
-    _, height, width = image.shape
-    box = Region.whole((height, width)).intersect(
-        Region(*(v for n in (height, width) for v in ((n - side_px) // 2, (n + side_px) // 2)))
-    )
-    part = np.asarray(image[:, box.y0 : box.y1, box.x0 : box.x1])
-    maps = []
-    both: tuple[Precision, ...] = ("float32", task.precision)
-    for precision in both:
-        net, _ = network(task.model, task.model_sha256, task.net, precision, task.device)
-        layout = plan(net, box.shape, tile=_stride_multiple(net, max(box.shape)))
-        values = np.empty(box.shape, np.float32)
-        SaliencyPass(net, layout, target=task.target, reduce=task.reduce, method=task.method).run(part, _into(values))
-        maps.append(values)
-    peaks = [highest_of([highest(values, Region.whole(box.shape), Region.whole(box.shape))]) for values in maps]
-    moved = math.hypot(peaks[0].y_px - peaks[1].y_px, peaks[0].x_px - peaks[1].x_px)
-    return float(np.linalg.norm(maps[1] - maps[0]) / np.linalg.norm(maps[0])), moved
-
-
-def _into(values: np.ndarray) -> Callable[[Region, np.ndarray], None]:
-    def write(cell: Region, block: np.ndarray) -> None:
-        values[cell.y0 : cell.y1, cell.x0 : cell.x1] = block
-
-    return write
-
-
-def squashed(task: Task, size_px: int) -> Result:
-    """The map over the squashed square (paper A's training crops), its highest point in px of the photograph."""
-    net, average = _network(task)
-    store = Store(task.store)
-    raw = resize_square(np.asarray(store.square(task.id)[:]), size_px)
-    image = raw if average is None else normalise_square(raw, average)
-    layout = plan(net, (size_px, size_px), tile=_stride_multiple(net, size_px))
-    work = SaliencyPass(net, layout, target=task.target, reduce=task.reduce, method=task.method)
-    values = np.empty((size_px, size_px), np.float32)
-
-    logits = work.run(image, _into(values))
-    found = highest_of([highest(values, Region(0, size_px, 0, size_px), interior((size_px, size_px), task.border))])
-    height, width = store.levels(task.id)[0][1:]
-    y_px, x_px = (_unsquash(p, n, size_px) for p, n in zip((found.y_px, found.x_px), (height, width), strict=True))
-    probability = float(torch.softmax(logits.double(), dim=1)[0, task.target])
-    return Result(Peak(y_px, x_px, found.value), probability, overview(values))
-
-
-def _unsquash(position: int, length: int, size_px: int) -> int:
-    """The px of the photograph whose centre lies nearest: i maps to (i + 1/2) H / S - 1/2."""
-    return min(length - 1, max(0, round((position + 0.5) * length / size_px - 0.5)))
-
-
-def _stride_multiple(net: Network, size_px: int) -> int:
-    stride = math.ceil(max(net.nodes[-1].stride))
-    return -(-size_px // stride) * stride
-
-
-def image_extent(store: Store, id: str) -> Extent:
-    """Height and width of a photograph, from its commit."""
-    _, height, width = store.levels(id)[0]
-    return height, width
+    traced(task)
