@@ -110,6 +110,7 @@ class Branching(Reshaped):
         (nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 20, "its head must be"),
         (small(1), 21, "window_px=21 gives a map of 4 x 4"),
         (ResidualNet(2, (4, 4)), 100, "use a multiple of 8"),
+        (ResidualNet(2, (4, 4, 4, 4, 4)), 50, "window_px=50 gives a map of 1 x 1.* use a multiple of 64"),
         (small(3), 20, "pooling to 3 x 3"),
         (nn.Sequential(nn.Conv2d(3, 2, 5), nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Linear(4, 2)), 20, "k x k"),
         (small(1), 3, "a window of 3 px does not fit"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tilestream.engine import Source, Streamed
-from tilestream.nets import Windows
+from tilestream.nets import SlidingWindow
 
 BINS = 20
 
@@ -32,7 +32,7 @@ def probability_map(streamed: Streamed, image: Source, target: int = 1) -> npt.N
     the window is filled up with zeros, as crops are.
     """
     net = streamed.net
-    if not isinstance(net, Windows):
+    if not isinstance(net, SlidingWindow):
         raise ValueError(f"{type(net).__name__} gives no map of windows; stream fully_convolutional(net) instead")
     with torch.no_grad():
         logits: Tensor = streamed(Padded(image, net.window_px))
@@ -53,7 +53,7 @@ def histogram(probabilities: npt.ArrayLike, bins: int = BINS) -> npt.NDArray[np.
     return counts / values.size
 
 
-def highest_window(probabilities: npt.NDArray[np.floating[Any]], net: Windows) -> Window:
+def highest_window(probabilities: npt.NDArray[np.floating[Any]], net: SlidingWindow) -> Window:
     """The window of the highest probability; of equals the one with the smallest (y, x)."""
     i, j = np.unravel_index(int(np.argmax(probabilities)), probabilities.shape)
     y_px, x_px = (int(k) * net.stride_px + net.window_px // 2 for k in (i, j))

@@ -3,9 +3,9 @@
 from .files import Model, build, convert, load_model, load_weights, save_model
 from .residual import ResidualBlock, ResidualNet
 from .resnet import ResNet, resnet18, resnet34, resnet50
-from .surgery import Windows, fully_convolutional
+from .surgery import SlidingWindow, fully_convolutional
 
 __all__ = [
-    "Model", "ResNet", "ResidualBlock", "ResidualNet", "Windows", "build", "convert", "fully_convolutional",
+    "Model", "ResNet", "ResidualBlock", "ResidualNet", "SlidingWindow", "build", "convert", "fully_convolutional",
     "load_model", "load_weights", "resnet18", "resnet34", "resnet50", "save_model",
 ]  # fmt: skip

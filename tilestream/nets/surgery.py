@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 
 _POOLS = {nn.AdaptiveAvgPool2d: nn.AvgPool2d, nn.AdaptiveMaxPool2d: nn.MaxPool2d}
 _POINTWISE = (nn.ReLU, nn.Dropout, nn.Identity)
+_FAR = 1 << 10
+"""Windows between two sizes whose maps tell the stride: a map's side may be rounded, so twice a window is too near."""
 
 
-class Windows(nn.Module):
+class SlidingWindow(nn.Module):
     """(N, C, H, W) -> logits (N, num_classes, h, w), a position a window.
 
     Position (i, j) is the window of side `window_px` that begins at pixel (i * stride_px, j * stride_px).
@@ -30,7 +32,7 @@ class Windows(nn.Module):
         return x
 
 
-def fully_convolutional(net: nn.Module, window_px: int = 512) -> Windows:
+def fully_convolutional(net: nn.Module, window_px: int = 512) -> SlidingWindow:
     """The network, in evaluation mode, that gives the logits of every window of `window_px`; all weights are copied.
 
     Adaptive pooling to k x k of a window's map of n x n becomes pooling of n / k at stride 1; the first Linear a k x k
@@ -64,10 +66,10 @@ def fully_convolutional(net: nn.Module, window_px: int = 512) -> Windows:
     if type(pool) in _POOLS:
         node = node.all_input_nodes[0]
     body = _until(traced, node)
-    (channels, n), (_, twice) = _map(body, window_px), _map(body, 2 * window_px)
+    (channels, n), (_, longer) = _map(body, window_px), _map(body, window_px + _FAR * window_px)
     k = _bins(pool) if type(pool) in _POOLS else n
-    stride_px = window_px // max(1, twice - n)
-    if n % k or stride_px * (twice - n) != window_px:
+    stride_px = _FAR * window_px // max(1, longer - n)
+    if n % k or window_px % stride_px:
         raise ValueError(
             f"window_px={window_px} gives a map of {n} x {n}, which pooling to {k} x {k} and a step of {stride_px} px "
             f"do not part evenly; use a multiple of {k * stride_px}"
@@ -78,7 +80,7 @@ def fully_convolutional(net: nn.Module, window_px: int = 512) -> Windows:
             layer = _convolution(layer, channels, k, n // k)
             channels, k, n = layer.out_channels, 1, 1
         head.append(layer)
-    return Windows(body, head, window_px, stride_px).eval()
+    return SlidingWindow(body, head, window_px, stride_px).eval()
 
 
 def _convolution(linear: nn.Linear, channels: int, k: int, dilation: int) -> nn.Conv2d:

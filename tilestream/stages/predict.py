@@ -1,36 +1,43 @@
-"""Probabilities and decisions: the crop network on each photograph's crop, the naive network beside it."""
+"""Probabilities and decisions: the crop network on each photograph's crops, the other models beside it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field
 
 from tilestream.methods import Threshold, fit_threshold, unhealthy
-from tilestream.nets import Model
-from tilestream.training import predict
+from tilestream.methods.estimators import HistogramSVM
 
-from .base import Context, Stage, StageConfig, digest, write_json
-from .crops import crops_path, read_crops, table_path
-from .examples import Crops, Squares
-from .jobs import steps
-from .models import locate, read_model
-from .preprocess import average_of, ensure_extremes
-from .split import chosen, path_of, write_table
+from .base import Context, Stage, StageConfig, write_json
+from .crops import crops_path, table_path
+from .models import locate
+from .scores import attention_path, crop_probabilities, square_probabilities
+from .split import chosen, path_of, read_table, write_table
+from .windows import COLUMNS, windows_path
+
+GRADES = 5
 
 
 class PredictConfig(StageConfig):
     """Decides for each photograph, healthy or unhealthy. Labels are not needed."""
 
-    crops: str | None = Field("crops", description="the stage whose crops to classify; null: only the naive network")
+    crops: str | None = Field("crops", description="the stage whose crops to classify; null: only the other models")
     model: str = Field("crops", description="model for the crops")
+    aggregate: Literal["first", "mean", "max", "attention"] = Field(
+        "first",
+        description="of several crops a photograph: the first's probability, the mean, the highest, or by an attention "
+        "that is trained on the crops of training photographs",
+    )
     naive: str | None = Field("first", description="model for the squashed squares, beside it; null: none")
+    windows: str | None = Field(None, description="the windows stage whose histograms to decide by, beside it")
+    five_grade: str | None = Field(None, description="five-class model for the squashed squares, beside it")
+    flips: bool = Field(False, description="the mean over the four flips of every crop and square")
     decision: Literal["fit", "stored"] = Field(
         "fit", description="thresholds: fitted on the validation photographs, or those stored with the models"
     )
@@ -38,75 +45,84 @@ class PredictConfig(StageConfig):
 
 
 def run(config: PredictConfig, context: Context) -> None:
-    """Writes predictions.parquet: id, label (0/1, NA if unknown), probability, decision, grade, split, and naive_*.
+    """Writes predictions.parquet: id, label (0/1, NA if unknown), probability, decision, grade, split.
 
-    Fitted thresholds go to models/decision.json."""
-    if config.crops is None and config.naive is None:
-        raise ValueError("crops and naive are both null; give at least one network to predict with")
+    They are the crops'; without crops the naive model's, without that the windows'. Beside them stand naive_*,
+    sliding_window_probability and sliding_window_decision, and five_grade (0..4) with five_0..five_4, probabilities.
+    What is fitted goes to models/: decision.json, sliding_window.json, attention.safetensors.
+    """
+    if config.crops is None and config.naive is None and config.windows is None:
+        raise ValueError("crops, naive and windows are all null; give at least one to predict with")
     torch.manual_seed(0)
-    samples = chosen(context, None)
-    table = samples[["id", "label", "split"]].rename(columns={"label": "grade"})
+    table = chosen(context, None)[["id", "label", "split"]].rename(columns={"label": "grade"})
+    table["label"] = pd.array([None if pd.isna(g) else int(unhealthy(g)) for g in table["grade"]], dtype="Int64")
     scores: dict[str, pd.Series] = {}
     if config.crops is not None:
-        scores["saliency"] = _crop_scores(config, context)
+        scores["saliency"] = crop_probabilities(config, context, table)
         table = table[table["id"].isin(scores["saliency"].index)]
+    windows = None
+    if config.windows is not None:
+        windows = read_table(windows_path(context, config.windows), "windows").set_index("id")[COLUMNS]
+        if left := int((~table["id"].isin(windows.index)).sum()):
+            context.say(f"{context.name}: {left} photographs are left out, for {config.windows} has none of them")
+        table = table[table["id"].isin(windows.index)]
+    ids = list(table["id"])
     if config.naive is not None:
-        scores["naive"] = _square_scores(config, context, list(table["id"]))
-    known = table["grade"].notna()
-    table["label"] = pd.array([None if pd.isna(g) else int(unhealthy(g)) for g in table["grade"]], dtype="Int64")
-    thresholds = {}
+        scores["naive"] = pd.Series(square_probabilities(config, context, config.naive, ids, 2)[:, 1], index=ids)
+    fitting = (table["split"] == "validation") & table["label"].notna()
+    scores = {name: values.reindex(ids) for name, values in scores.items()}
+    thresholds = _thresholds(config, context, scores, table[fitting])
+    if windows is not None:
+        machine = _machine(config, context, windows, table[fitting])
+        scores["sliding_window"] = pd.Series(machine.predict_proba(windows.loc[ids].to_numpy())[:, 1], index=ids)
+        thresholds["sliding_window"] = Threshold(0.5)  # the machine's boundary
+    first = next(iter(scores))
     for name, values in scores.items():
-        prefix = "naive_" if name == "naive" and "saliency" in scores else ""
-        table[f"{prefix}probability"] = values.reindex(table["id"]).to_numpy()
-        if config.decision == "fit":
-            fitting = table[(table["split"] == "validation") & known]
-            thresholds[name] = fit_threshold(fitting[f"{prefix}probability"], fitting["label"].astype(int))
-        else:
-            thresholds[name] = stored_threshold(context, name)
-        table[f"{prefix}decision"] = thresholds[name].decide(table[f"{prefix}probability"])
-        if thresholds[name].origin == "prior":
-            context.say(f"{context.name}: {name}: validation scores do not rise with the labels; the threshold is 0.5")
+        prefixes = [""] * (name == first) + [f"{name}_"] * (name != first or name == "sliding_window")
+        for prefix in prefixes:
+            table[f"{prefix}probability"] = values.to_numpy()
+            table[f"{prefix}decision"] = thresholds[name].decide(values)
+    if config.five_grade is not None:
+        grades = square_probabilities(config, context, config.five_grade, ids, GRADES)
+        table["five_grade"] = grades.argmax(axis=1)
+        table[[f"five_{grade}" for grade in range(GRADES)]] = grades
     if config.decision == "fit":
         write_json(decision_path(context), {n: {"value": t.value, "origin": t.origin} for n, t in thresholds.items()})
-    first = ["id", "label", "probability", "decision", "grade", "split"]
-    table = table[[*first, *(c for c in table.columns if c not in first)]]
-    table.attrs["model"] = next(iter(scores))  # whose columns have no prefix
+    order = ["id", "label", "probability", "decision", "grade", "split"]
+    table = table[[*order, *(c for c in table.columns if c not in order)]]
+    table.attrs["model"] = first  # whose columns have no prefix
     write_table(predictions_path(context), table)
     share = table["decision"].mean()
     context.say(f"{context.name}: {len(table)} photographs, {int(table['decision'].sum())} unhealthy ({share:.0%})")
 
 
-def _crop_scores(config: PredictConfig, context: Context) -> pd.Series:
-    assert config.crops is not None
-    crops = read_crops(context, config.crops)
-    model = read_model(context, config.model)
-    _same_splits(context, config.model, model)
-    average = average_of(model.preprocessing, config.model)
-    known = ensure_extremes(context, average, list(crops["id"]))  # the model's, whatever average the crops were cut by
-    crops = crops.assign(low=[known[id].low for id in crops["id"]], high=[known[id].high for id in crops["id"]])
-    examples = Crops(crops_path(context, config.crops), crops, [0] * len(crops), average)
-    return pd.Series(_unhealthy(model.net, examples, config.batch_size, context), index=crops["id"])
+def _thresholds(
+    config: PredictConfig, context: Context, scores: dict[str, pd.Series], learnt: pd.DataFrame
+) -> dict[str, Threshold]:
+    """For each network the threshold that `learnt`, the validation photographs with labels, give, or the stored one."""
+    found = {}
+    for name, values in scores.items():
+        if config.decision == "stored":
+            found[name] = stored_threshold(context, name)
+        else:
+            found[name] = fit_threshold(values[learnt["id"]], learnt["label"].astype(int))
+        if found[name].origin == "prior":
+            context.say(f"{context.name}: {name}: validation scores do not rise with the labels; the threshold is 0.5")
+    return found
 
 
-def _square_scores(config: PredictConfig, context: Context, ids: list[str]) -> pd.Series:
-    assert config.naive is not None
-    model = read_model(context, config.naive)
-    _same_splits(context, config.naive, model)
-    examples = Squares(context.store, ids, [0] * len(ids), average_of(model.preprocessing, config.naive))
-    return pd.Series(_unhealthy(model.net, examples, config.batch_size, context), index=ids)
-
-
-def _same_splits(context: Context, name: str, model: Model) -> None:
-    """Refuses a model of other splits than this run's: its training photographs may be in this run's test set."""
-    learnt = model.preprocessing.get("splits_sha256")
-    if path_of(context).exists() and learnt is not None and learnt != digest(path_of(context)):
-        raise ValueError(f"model={name!r} was trained on other splits than this run's splits.parquet; train it again")
-
-
-def _unhealthy(net: torch.nn.Module, examples: Any, batch_size: int, context: Context) -> np.ndarray:
-    net.to("cuda" if torch.cuda.is_available() else "cpu")
-    with steps(context, context.name, -(-len(examples) // batch_size), "batches") as step:
-        return predict(net, examples, batch_size, on_batch=step)[:, 1].astype(np.float64)
+def _machine(config: PredictConfig, context: Context, windows: pd.DataFrame, learnt: pd.DataFrame) -> HistogramSVM:
+    """The machine on histograms, fitted on validation photographs and kept, or that of an old run."""
+    if config.decision == "stored":
+        path = machine_path(context.models_path)
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; fit a machine (decision=fit) on photographs with labels")
+        return HistogramSVM.from_json(json.loads(path.read_text()))
+    if not len(learnt):
+        raise ValueError(f"{config.windows} has no validation photograph with a label; add validation to its splits")
+    machine = HistogramSVM().fit(windows.loc[learnt["id"]].to_numpy(), learnt["label"].to_numpy(int))
+    write_json(machine_path(context.run / "models"), machine.to_json())
+    return machine
 
 
 def stored_threshold(context: Context, name: str) -> Threshold:
@@ -122,25 +138,33 @@ def decision_path(context: Context) -> Path:
     return context.run / "models" / "decision.json"
 
 
+def machine_path(folder: Path) -> Path:
+    return folder / "sliding_window.json"
+
+
 def predictions_path(context: Context) -> Path:
     return context.run / "predictions.parquet"
 
 
+def _fitted(config: PredictConfig, folder: Path) -> list[Path]:
+    """What the models' folder holds besides the networks."""
+    machine = [machine_path(folder)] if config.windows else []
+    attention = [attention_path(folder)] if config.crops and config.aggregate == "attention" else []
+    return [folder / "decision.json", *machine, *attention]
+
+
 def reads(config: PredictConfig, context: Context) -> Iterable[Path]:
-    models = [locate(context, name) for name in (config.model if config.crops else None, config.naive) if name]
+    names = (config.model if config.crops else None, config.naive, config.five_grade)
+    models = [locate(context, name) for name in names if name]
     crops = [crops_path(context, config.crops), table_path(context, config.crops)] if config.crops else []
-    stored = [context.models_path / "decision.json"] if config.decision == "stored" else []
-    return [path_of(context), *models, *crops, *stored]
+    windows = [windows_path(context, config.windows)] if config.windows else []
+    stored = _fitted(config, context.models_path) if config.decision == "stored" else []
+    return [path_of(context), *models, *crops, *windows, *stored]
 
 
 def writes(config: PredictConfig, context: Context) -> Iterable[Path]:
-    return [predictions_path(context), *([decision_path(context)] if config.decision == "fit" else [])]
+    fitted = _fitted(config, context.run / "models") if config.decision == "fit" else []
+    return [predictions_path(context), *fitted]
 
 
-STAGE = Stage(
-    "predict",
-    PredictConfig,
-    run,
-    reads,
-    writes,
-)
+STAGE = Stage("predict", PredictConfig, run, reads, writes)
