@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 import zarr
 
 from tilestream.geometry import Region
-from tilestream.methods import Extremes, normalise_crop, normalise_square, resize_square
+from tilestream.methods import Extremes, Normalised, normalise_crop, normalise_square, resize_square
 from tilestream.methods.preprocessing import Floats
 from tilestream.store import Store
 
@@ -28,6 +28,23 @@ class Squares:
     def __getitem__(self, index: int) -> Floats:
         square = resize_square(np.asarray(self.store.square(self.ids[index])[:]), self.average.shape[-1])
         return normalise_square(square, self.average)
+
+
+class Photographs:
+    """Whole photographs at full resolution, (3, H, W), normalised window by window as they are read."""
+
+    def __init__(
+        self, store: Store, ids: Sequence[str], labels: Sequence[int], average: Floats, known: Mapping[str, Extremes]
+    ) -> None:
+        self.store, self.ids, self.average, self.known = store, list(ids), average, known
+        self.labels = np.asarray(labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Normalised:
+        id = self.ids[index]
+        return Normalised(self.store.image(id), self.average, self.known[id])
 
 
 class Crops:
