@@ -355,5 +355,5 @@ def _run(
         stages.run_pipeline(loaded, context)
 
 
-for _verb in ("split", "preprocess", "train", "saliency", "crops", "predict", "evaluate", "report"):
+for _verb in (verb for verb in stages.STAGES if verb not in ("synth", "ingest")):  # these two have forms of their own
     _stage_command(_verb)

@@ -11,13 +11,28 @@ from typing import Any
 
 import yaml
 
-from . import crops, evaluate, ingest, predict, preprocess, report, saliency, split, synth, train
+from . import (
+    crops,
+    evaluate,
+    ingest,
+    localise,
+    predict,
+    preprocess,
+    report,
+    saliency,
+    split,
+    synth,
+    tables,
+    train,
+    windows,
+)
 from .base import Context, Stage, StageConfig, nearest, parse
 from .runner import execute
 
-STAGES: dict[str, Stage] = {
-    s.STAGE.verb: s.STAGE for s in (synth, ingest, split, preprocess, train, saliency, crops, predict, evaluate, report)
-}
+_IN_ORDER = (
+    synth, ingest, split, preprocess, train, saliency, crops, windows, predict, evaluate, localise, tables, report
+)  # fmt: skip
+STAGES: dict[str, Stage] = {s.STAGE.verb: s.STAGE for s in _IN_ORDER}
 KEYS = ("description", "store", "models", "stages")
 
 

@@ -1,0 +1,147 @@
+"""The paper's tables beside this run's, and what the run would cost on a data set of EyePACS' size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.table import Table
+
+from .base import Context, Stage, StageConfig, write_json
+from .evaluate import metrics_path, read_metrics
+
+MODELS = ("naive", "sliding_window", "saliency")
+PRINTED = {"healthy": (0.911, 0.585, 0.695), "unhealthy": (0.412, 0.566, 0.828)}
+"""Grzeszczuk (2019), Table 2, in the order of `MODELS`."""
+AUC = (0.71, 0.56, 0.77)
+"""Table 3."""
+COUNTS = ((542, 201, 319, 7, 0), (17, 31, 64, 91, 77))
+"""Table 4, the saliency model's: rows decision (healthy, unhealthy), columns grade 0 to 4."""
+HOURS = 70
+"""What the paper's whole pipeline took on one K40."""
+MISLABELLED = (
+    "Table 2 prints 69.5 and 82.8 % for the saliency model. By Table 4 these are predictive values: 743 of 1069 "
+    "decisions 'healthy' and 232 of 280 decisions 'unhealthy' are right. The shares of photographs that are found, as "
+    "the other two columns have it, are 743 of 791 (93.9 %, specificity) and 232 of 558 (41.6 %, sensitivity), hardly "
+    "above the plain network's 91.1 and 41.2 %. All four are given here, by name."
+)
+
+
+class TablesConfig(StageConfig):
+    """Prints the paper's Tables 2, 3 and 4 beside this run's, and the time that a larger data set would take."""
+
+    photographs: int = Field(35_126, ge=1, description="size of the data set that costs are extrapolated to (EyePACS)")
+
+
+def run(config: TablesConfig, context: Context) -> None:
+    """Writes tables.json, {tables: [{title, columns, rows, note}]}, and prints the tables."""
+    metrics = read_metrics(context)
+    if metrics is None:
+        raise ValueError(f"{context.run.name} has no metrics.json; run 'tilestream evaluate' first")
+    tables = [*comparison(metrics), *costs(context, config.photographs)]
+    write_json(tables_path(context), {"tables": tables})
+    for each in tables:
+        show(each, context)
+
+
+def comparison(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tables 2 to 4 from the objects of metrics.json; None where a model was not run."""
+    ours = [metrics.get(name) or {} for name in MODELS]
+    columns = ["", *(f"{name.replace('_', ' ')}, {whose}" for name in MODELS for whose in ("paper", "here"))]
+
+    def row(label: str, paper: Sequence[float | None], name: str) -> list[Any]:
+        return [label, *(cell for p, o in zip(paper, ours, strict=True) for cell in (p, interval(o, name)))]
+
+    (healthy, unhealthy), grades = COUNTS, range(2, 5)
+    found = sum(unhealthy[g] for g in grades) / sum(healthy[g] + unhealthy[g] for g in grades)
+    left = sum(healthy[:2]) / sum(healthy[:2] + unhealthy[:2])
+    nothing = (None,) * len(MODELS)
+    second = [
+        row("healthy found (specificity)", (*PRINTED["healthy"][:2], round(left, 3)), "specificity"),
+        row("unhealthy found (sensitivity)", (*PRINTED["unhealthy"][:2], round(found, 3)), "sensitivity"),
+        row("'healthy' right (npv)", (*nothing[:2], PRINTED["healthy"][2]), "npv"),
+        row("'unhealthy' right (ppv)", (*nothing[:2], PRINTED["unhealthy"][2]), "ppv"),
+    ]
+    third = [row("area under the ROC curve", AUC, "auc")]
+    tables = [
+        {"title": "Table 2: per-class accuracy", "columns": columns, "rows": second, "note": MISLABELLED},
+        {"title": "Table 3: area under the ROC curve", "columns": columns, "rows": third, "note": ""},
+    ]
+    here = (metrics.get("saliency") or {}).get("by_grade")
+    if here:
+        rows = [
+            [f"{word}, {whose}", *counts]
+            for whose, both in (("paper", COUNTS), ("here", here))
+            for word, counts in zip(("'healthy'", "'unhealthy'"), both, strict=True)
+        ]
+        title = "Table 4: decisions of the saliency model by grade"
+        tables.append({"title": title, "columns": ["", *(f"grade {g}" for g in range(5))], "rows": rows, "note": ""})
+    return tables
+
+
+def costs(context: Context, photographs: int) -> list[dict[str, Any]]:
+    """Hours a stage of this run would take on so many photographs, from its own seconds a photograph."""
+    path = context.run / "timings.json"
+    if not path.exists():
+        return []
+    count = int(context.store.info()["images"])
+    times = {name: t for name, t in json.loads(path.read_text()).items() if name not in (context.name, "report")}
+    rows: list[list[Any]] = [
+        [name, t["wall_s"], t["peak_bytes"] / 2**20, round(t["wall_s"] / count * photographs / 3600, 2)]
+        for name, t in times.items()
+    ]
+    rows.append(["all", sum(row[1] for row in rows), max(row[2] for row in rows), sum(row[3] for row in rows)])
+    resumed = [name for name, t in times.items() if t.get("resumed")]
+    note = (
+        f"Seconds of this run ({count} photographs) times {photographs:,} / {count}, on the same machine and settings; "
+        f"the paper's whole pipeline took about {HOURS} hours on one K40."
+    )
+    note += f" Only the last part is counted of stages that were resumed: {', '.join(resumed)}." if resumed else ""
+    columns = ["stage", "here, s", "largest process, MiB", f"{photographs:,} photographs, h"]
+    return [{"title": "Time and memory", "columns": columns, "rows": rows, "note": note}]
+
+
+def interval(measures: dict[str, Any], name: str) -> str | None:
+    """A measure of metrics.json with its 95 % interval, as text."""
+    value, low, high = (measures.get(key) for key in (name, f"{name}_low", f"{name}_high"))
+    if value is None:
+        return None
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f}–{high:.3f})"
+
+
+def show(table: dict[str, Any], context: Context) -> None:
+    """Prints a table, or says its rows where machines listen."""
+    if context.cluster.as_json:
+        context.say(f"{table['title']}: {json.dumps(table['rows'])}")
+        return
+    drawn = Table(title=table["title"], caption=table["note"] or None, caption_justify="left", title_justify="left")
+    for number, name in enumerate(table["columns"]):
+        drawn.add_column(name, justify="right" if number else "left")
+    for row in table["rows"]:
+        drawn.add_row(
+            *("–" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row)
+        )
+    context.console.print(drawn, markup=False)
+
+
+def tables_path(context: Context) -> Path:
+    return context.run / "tables.json"
+
+
+def read_tables(context: Context) -> list[dict[str, Any]]:
+    path = tables_path(context)
+    return list(json.loads(path.read_text())["tables"]) if path.exists() else []
+
+
+def reads(config: TablesConfig, context: Context) -> Iterable[Path]:
+    return [metrics_path(context)]
+
+
+def writes(config: TablesConfig, context: Context) -> Iterable[Path]:
+    return [tables_path(context)]
+
+
+STAGE = Stage("tables", TablesConfig, run, reads, writes)
