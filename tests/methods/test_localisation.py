@@ -178,9 +178,10 @@ def test_froc_by_hand():
         [0, 0], [0, pytest.approx(1 / 3)], [0.25, pytest.approx(1 / 3)], [0.5, pytest.approx(1 / 3)],
         [0.75, pytest.approx(1 / 3)], [0.75, pytest.approx(2 / 3)],
     ]  # fmt: skip
-    density = 8 / 0.98
     shares = np.array([0.01, 0.02, 0.05])
-    assert result["chance"][-1] == pytest.approx(np.mean(1 - np.exp(-density * shares)))
+    for level, chance in zip((0.125, 0.25, 0.5, 0.75, 0.75), result["chance"], strict=True):  # there are no more than 3
+        assert chance == pytest.approx(np.mean(1 - np.exp(-level / 0.98 * shares)))
+    assert result["most"] == 0.75
     assert result["ratio"] == pytest.approx(result["mean"] / result["mean_chance"])
     for level in range(5):
         low, high = result["low"][level], result["high"][level]

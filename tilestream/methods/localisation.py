@@ -266,10 +266,11 @@ def froc(
     """The free-response ROC: share of all lesions found when points above a score give `levels` false positives each.
 
     Lists by level: levels, sensitivity (of the lowest score that gives no more false positives), low, high, chance;
-    then mean, mean_low, mean_high, mean_chance, ratio, ratio_low, ratio_high, and curve: [false positives a photograph,
-    sensitivity] from the highest score on, at most 200 corners. Intervals are from draws of whole groups. Chance is
-    that of points scattered evenly and independently of each other (a Poisson process, as dense in every photograph) so
-    that the false positives are as many. Raises ValueError without a lesion.
+    then mean, mean_low, mean_high, mean_chance, ratio, ratio_low, ratio_high; curve: [false positives a photograph,
+    sensitivity] from the highest score on, at most 200 corners; and most: the false positives a photograph of all
+    points, beyond which a level is read where they end. Intervals are from draws of whole groups. Chance is that of
+    points scattered evenly and independently of each other (a Poisson process, as dense in every photograph) so that
+    the false positives are as many. Raises ValueError without a lesion.
     """
     lesions = np.array([len(m.found) for m in marks], np.float64)
     if lesions.sum() == 0:
@@ -289,7 +290,7 @@ def froc(
     means = sensitivities.mean(axis=1)
     result["mean_low"], result["mean_high"] = percentiles(means) or (None, None)
     result["ratio_low"], result["ratio_high"] = percentiles(divided(means, chances)) or (None, None)
-    return {**result, "curve": read.curve()}
+    return {**result, "most": read.most, "curve": read.curve()}
 
 
 class _Froc:
@@ -297,6 +298,7 @@ class _Froc:
 
     def __init__(self, marks: Sequence[Marks], lesions: Floats, levels: Floats) -> None:
         self.marks, self.lesions, self.levels = marks, lesions, levels
+        self.most = sum(len(m.false) for m in marks) / len(marks)
         scores = np.concatenate([np.concatenate([m.found, m.false]) for m in marks])
         right = np.concatenate([np.repeat([True, False], [len(m.found), len(m.false)]) for m in marks])
         photograph = np.repeat(np.arange(len(marks)), [len(m.found) + len(m.false) for m in marks])
@@ -322,7 +324,7 @@ class _Froc:
 
     def expected(self) -> Floats:
         """(photographs, levels): lesions that points of a Poisson process find, its density set by the level."""
-        density = self.levels / np.mean([1 - m.share for m in self.marks])
+        density = np.minimum(self.levels, self.most) / np.mean([1 - m.share for m in self.marks])
         return np.array([-np.expm1(-np.outer(m.shares, density)).sum(axis=0) for m in self.marks])
 
     def curve(self) -> list[list[float]]:

@@ -141,7 +141,7 @@ def ground_truth(config: LocaliseConfig, context: Context, ids: list[str]) -> di
     wanted, truths = set(ids), {}
     for source in read_collection(folder, "idrid-segmentation").sources:
         if source.id in wanted and source.problem is None:
-            truths[source.id] = Truth(files={k: str(p) for k, p in source.masks.items() if k not in ANATOMY})
+            truths[source.id] = Truth(files={k: str(p) for k, p in sorted(source.masks.items()) if k not in ANATOMY})
     return truths
 
 
