@@ -1,5 +1,6 @@
 """The localise stage on photographs whose lesions and centres were put where the answers are known."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from tilestream.methods import localisation as loc
 from tilestream.stages import ClusterConfig, Context
@@ -52,6 +54,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             cv2.imwrite(str(root / "masks" / f"{id}_{names[value]}.png"), mask, [cv2.IMWRITE_PNG_BILEVEL, 1])
         rows.append(row)
     pd.DataFrame(rows).to_csv(root / "labels.csv", index=False)
+    legend = {"value": range(4), "kind": ["none", "microaneurysm", "haemorrhage", "exudate"]}
+    pd.DataFrame(legend).to_csv(root / "photographs" / "legend.csv", index=False)
     store = create_store(root / "s.zarr")
     for source in find_photographs(root / "images"):
         masks = {m.stem.split("_")[1]: str(m) for m in (root / "masks").glob(f"{source.id}_*.png")}
@@ -132,18 +136,33 @@ def test_another_rule_than_the_centres_had_is_refused(place, tmp_path, address):
 )
 def test_unknown_ground_truth_is_refused(place, tmp_path, address, lesions, message):
     (tmp_path / "other" / "lesions").mkdir(parents=True)
+    (tmp_path / "other" / "legend.csv").write_text("value,kind\n1,exudate\n")
     where = place / lesions if lesions == "images" else tmp_path / lesions
     with run_of(place, tmp_path, address) as context, pytest.raises(ValueError, match=message):
         STAGE.run(LocaliseConfig(lesions=str(where)), context)
 
 
+def test_a_store_without_masks_is_said_and_old_results_go(place, tmp_path, address):
+    store = create_store(tmp_path / "plain.zarr")
+    for source in find_photographs(place / "images"):
+        ingest_photograph(store, source)
+    (tmp_path / "localisation.json").write_text("{}")
+    heard = io.StringIO()
+    with run_of(place, tmp_path, address) as context:
+        context.store_path, context.console = store, Console(file=heard, width=200)
+        assert execute("localise", STAGE, LocaliseConfig(), context)
+        assert not execute("localise", STAGE, LocaliseConfig(), context)
+    assert "no photograph was ingested with masks" in heard.getvalue()
+    assert not (tmp_path / "localisation.json").exists()
+
+
 def test_label_images_with_unknown_values_or_sizes_are_refused(place, tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.full(EXTENT, 99, np.uint8))
-    with pytest.raises(ValueError, match="holds the value 99; lesions are 1 to"):
-        read_masks(Truth(image=str(tmp_path / "a.png")), None, "a")
+    with pytest.raises(ValueError, match=r"holds the value 99, which its legend.csv does not name"):
+        read_masks(Truth(str(tmp_path / "a.png"), {1: "exudate"}), None, "a")
     cv2.imwrite(str(tmp_path / "b.png"), np.ones((10, 10), np.uint8))
     with pytest.raises(ValueError, match=r"has shape \(10, 10\), its photograph \(200, 300\)"):
-        measure(str(place / "s.zarr"), "a", Truth(image=str(tmp_path / "b.png")), [(1, 1, 0.0)], LocaliseConfig())
+        measure(str(place / "s.zarr"), "a", Truth(str(tmp_path / "b.png"), {1: "x"}), [(1, 1, 0.0)], LocaliseConfig())
     (tmp_path / "c.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="is no image that can be read"):
         read_masks(Truth(image=str(tmp_path / "c.png")), None, "a")

@@ -18,7 +18,6 @@ from tilestream.cluster import Job
 from tilestream.methods import localisation as loc
 from tilestream.store import Store, is_url
 from tilestream.store.adapters import read_collection
-from tilestream.synthesis import LESION_KINDS
 from tilestream.training import groups
 
 from .base import Context, Stage, StageConfig, write_json
@@ -58,9 +57,10 @@ class LocaliseConfig(StageConfig):
 
 @dataclass(frozen=True)
 class Truth:
-    """Where a photograph's lesions are drawn: a label image by synth, or files of masks by kind, or masks stored."""
+    """Where a photograph's lesions are drawn: a label image with what its values mean, files by kind, masks stored."""
 
     image: str = ""
+    legend: Mapping[int, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     stored: tuple[str, ...] = ()
 
@@ -69,7 +69,8 @@ def run(config: LocaliseConfig, context: Context) -> None:
     """Writes localisation.json, and localisation.parquet with a row a photograph (S.json, S.parquet under the name S).
 
     Photographs without ground truth or centre are left out and counted. Rates are over photographs with a lesion;
-    those without count for FROC's false positives alone.
+    those without count for FROC's false positives alone. Where `lesions` names no folder and the store holds no masks,
+    this is said and nothing is written, so that a pipeline for any data set may hold this stage.
     """
     _check_rule(config, context)
     samples = chosen(context, config.splits)
@@ -77,6 +78,11 @@ def run(config: LocaliseConfig, context: Context) -> None:
     known = samples["id"].isin(list(truths))
     seen = samples["id"].isin(list(points))
     rows = samples[known & seen].reset_index(drop=True)
+    if config.lesions is None and not known.any():
+        for ending in (".json", ".parquet"):
+            result_path(context, context.name, ending).unlink(missing_ok=True)
+        context.say(f"{context.name}: no photograph was ingested with masks, so there is nothing to measure against")
+        return
     if not len(rows):
         raise ValueError(f"lesions={config.lesions!r} are known for no photograph that has a centre; check its names")
     journal = Journal(context.partial_path / "photographs.jsonl")
@@ -135,7 +141,9 @@ def ground_truth(config: LocaliseConfig, context: Context, ids: list[str]) -> di
     folder = located(Path(config.lesions), context)
     if (folder / "lesions").is_dir():
         images = {id: folder / "lesions" / f"{id}.png" for id in ids}
-        return {id: Truth(image=str(path)) for id, path in images.items() if path.exists()}
+        sheet = pd.read_csv(folder / "legend.csv")
+        legend = {int(row.value): str(row.kind) for row in sheet.itertuples()}
+        return {id: Truth(str(path), legend) for id, path in images.items() if path.exists()}
     if not (folder / "masks").is_dir():
         raise ValueError(f"lesions={str(folder)!r} has neither a folder lesions (synth) nor a folder masks (IDRiD)")
     wanted, truths = set(ids), {}
@@ -149,9 +157,10 @@ def read_masks(truth: Truth, store: Store, id: str) -> dict[str, np.ndarray]:
     """Masks (H, W), not 0 where the lesions of a kind are, by kind."""
     if truth.image:
         labels = _read(truth.image)
-        if (highest := int(labels.max())) > len(LESION_KINDS):
-            raise ValueError(f"{truth.image} holds the value {highest}; lesions are 1 to {len(LESION_KINDS)}")
-        return {LESION_KINDS[value - 1]: labels == value for value in np.unique(labels[labels > 0]).tolist()}
+        values = np.unique(labels[labels > 0]).tolist()
+        if unknown := [value for value in values if value not in truth.legend]:
+            raise ValueError(f"{truth.image} holds the value {unknown[0]}, which its legend.csv does not name")
+        return {truth.legend[value]: labels == value for value in values}
     stored = {kind: np.asarray(store.mask(id, kind)[0]) for kind in truth.stored}
     return {kind: _read(path) for kind, path in truth.files.items()} | stored
 
@@ -302,7 +311,7 @@ def reads(config: LocaliseConfig, context: Context) -> Iterable[Path]:
         store = context.store_path
         return tables if store is None or is_url(store) else [*tables, Path(store) / "commits"]
     folder = located(Path(config.lesions), context)
-    return [*tables, *(folder / name for name in ("lesions", "masks", "labels.csv"))]
+    return [*tables, *(folder / name for name in ("lesions", "legend.csv", "masks", "labels.csv"))]
 
 
 def writes(config: LocaliseConfig, context: Context) -> Iterable[Path]:
