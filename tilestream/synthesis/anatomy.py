@@ -54,7 +54,8 @@ def _retina(rng: np.random.Generator, eye: Eye, grid: Grid) -> Field:
     to_fovea = grid.distance(eye.fovea.imag, eye.fovea.real)
     to_disc = grid.distance(eye.disc.imag, eye.disc.real)
     around_disc = grid.angle(eye.disc.imag, eye.disc.real)
-    clouds = noise(rng, grid, 3.0) * np.float32(rng.uniform(0.03, 0.12)) + noise(rng, grid, 1.1) * 0.022 + noise(rng, grid, 0.4) * 0.010
+    wide = np.float32(rng.uniform(0.03, 0.12))
+    clouds = noise(rng, grid, 3.0) * wide + noise(rng, grid, 1.1) * 0.022 + noise(rng, grid, 0.4) * 0.010
     grain = (noise(rng, grid, 0.12) + noise(rng, grid, 0.05)) * np.float32(rng.uniform(0.008, 0.018))
     warm = noise(rng, grid, 2.2) * 0.05
     warped = grid.angle(eye.fovea.imag, eye.fovea.real) + noise(rng, grid, 0.7) * np.float32(0.03)
@@ -97,7 +98,7 @@ def _drusen(rng: np.random.Generator, eye: Eye, grid: Grid) -> Field:
 
 
 def _pigment(rng: np.random.Generator, grid: Grid) -> Field:
-    """(h, w) soft mottling, strong, weak or none, whatever the grade: how much of a photograph is dark tells nothing."""
+    """(h, w) soft mottling, strong, weak or none, whatever the grade: how much is dark tells nothing."""
     patches: Field = step(noise(rng, grid, 1.0), 0.3, 3.3) * np.float32(max(0.0, rng.uniform(-0.1, 0.3)))
     return patches
 
@@ -134,10 +135,11 @@ def _paint_disc(rng: np.random.Generator, eye: Eye, grid: Grid, image: Field, co
 
 
 def _light(camera: Camera, grid: Grid) -> Field:
-    """(h, w) illumination: vignette and a tilt across the field."""
+    """(3, h, w) illumination: vignette and a tilt across the field."""
     radius = np.minimum(grid.distance(0, 0) / np.float32(FIELD_UM / 2000), 1.05)
     tilt = (camera.tilt[0] * grid.y + camera.tilt[1] * grid.x) / np.float32(FIELD_UM / 2000)
-    light: Field = (1.06 - camera.vignette * radius**3 + tilt).astype(np.float32)
+    lost = np.array(camera.vignette, np.float32)[:, None, None]
+    light: Field = (1.06 - lost * radius ** np.float32(camera.falloff) + tilt).astype(np.float32)
     return light
 
 

@@ -31,9 +31,10 @@ class Camera:
     height: int
     width: int
     colour: tuple[float, float, float]  # mean background, R G B, 0..255
-    vignette: float  # share of light lost at the rim, as an exponent
+    vignette: tuple[float, float, float]  # share of R, G, B lost at the rim
+    falloff: float  # power of the radius by which it is lost
     tilt: tuple[float, float]  # uneven light across the field, (y, x)
-    clarity: float  # how deep vessels show: the darkest vein's share of BLOOD_TAKES
+    clarity: tuple[float, float, float]  # how deep vessels show in R, G, B, as a share of BLOOD_TAKES
     blur_um: float
     noise: float  # standard deviation, grey levels
     notch: float | None  # angle of the notch, radians
@@ -75,8 +76,9 @@ def draw_camera(rng: np.random.Generator, size: tuple[int, int] | None) -> Camer
         raise ValueError(
             f"size={(height, width)} is under {MIN_SIDE_PX} px on a side; use {MIN_SIDE_PX}x{MIN_SIDE_PX} or more"
         )
+    clear, rim = float(rng.uniform(0.55, 1.35)), float(rng.uniform(0.1, 0.65))
     red = float(np.clip(rng.normal(176, 26), 120, 225))
-    green = red * float(np.clip(rng.normal(0.48, 0.05), 0.36, 0.60))
+    green = red * float(np.clip(rng.normal(0.48, 0.06), 0.34, 0.64))
     blue = green * min(float(rng.beta(1.6, 3.8)), 0.7)
     dust = tuple(
         (float(y), float(x), float(rng.uniform(0.05, 0.25)), float(rng.uniform(0.02, 0.07)))
@@ -86,11 +88,12 @@ def draw_camera(rng: np.random.Generator, size: tuple[int, int] | None) -> Camer
         height=height,
         width=width,
         colour=(red, green, blue),
-        vignette=float(rng.uniform(0.15, 0.6)),
+        vignette=(rim * float(rng.uniform(0.6, 1.2)), rim, rim * float(rng.uniform(0.8, 1.2))),
+        falloff=float(rng.uniform(2, 7)),
         tilt=(float(rng.normal(0, 0.1)), float(rng.normal(0, 0.1))),
-        clarity=float(rng.uniform(0.65, 1.35)),
+        clarity=(clear * float(rng.uniform(0.4, 1.6)), clear, clear * float(rng.uniform(0.8, 1.2))),
         blur_um=float(rng.gamma(4, 1.6)),
-        noise=float(rng.uniform(1.8, 3.6)),
+        noise=float(rng.uniform(1.2, 4.2)),
         notch=float(rng.choice([-0.75, 0.75, -2.4])) if rng.random() < 0.5 else None,
         flare=(float(rng.uniform(-np.pi, np.pi)), float(rng.uniform(0.08, 0.25)), float(rng.gamma(1.2, 0.05))),
         dust=dust,

@@ -97,7 +97,7 @@ def _compose(
     planes = []
     for channel, takes in enumerate(BLOOD_TAKES):
         plane = cv2.resize(coarse[channel], (camera.width, camera.height), interpolation=cv2.INTER_LINEAR)
-        through = (1 - camera.clarity * takes * np.arange(256) / 255).astype(np.float32)
+        through = (1 - camera.clarity[channel] * takes * np.arange(256) / 255).astype(np.float32)
         cv2.multiply(plane, cv2.LUT(blood, through), dst=plane)
         for patch in patches:
             h, w = patch.alpha.shape
