@@ -48,8 +48,9 @@ def run(config: PredictConfig, context: Context) -> None:
     """Writes predictions.parquet: id, label (0/1, NA if unknown), probability, decision, grade, split.
 
     They are the crops'; without crops the naive model's, without that the windows'. Beside them stand naive_*,
-    sliding_window_probability and sliding_window_decision, and five_grade (0..4) with five_0..five_4, probabilities.
-    What is fitted goes to models/: decision.json, sliding_window.json, attention.safetensors.
+    sliding_window_probability and sliding_window_decision (NA for photographs that the windows stage has not), and
+    five_grade (0..4) with five_0..five_4, probabilities. What is fitted goes to models/: decision.json,
+    sliding_window.json, attention.safetensors.
     """
     if config.crops is None and config.naive is None and config.windows is None:
         raise ValueError("crops, naive and windows are all null; give at least one to predict with")
@@ -63,9 +64,8 @@ def run(config: PredictConfig, context: Context) -> None:
     windows = None
     if config.windows is not None:
         windows = read_table(windows_path(context, config.windows), "windows").set_index("id")[COLUMNS]
-        if left := int((~table["id"].isin(windows.index)).sum()):
-            context.say(f"{context.name}: {left} photographs are left out, for {config.windows} has none of them")
-        table = table[table["id"].isin(windows.index)]
+        if not scores and config.naive is None:
+            table = table[table["id"].isin(windows.index)]
     ids = list(table["id"])
     if config.naive is not None:
         scores["naive"] = pd.Series(square_probabilities(config, context, config.naive, ids, 2)[:, 1], index=ids)
@@ -73,15 +73,18 @@ def run(config: PredictConfig, context: Context) -> None:
     scores = {name: values.reindex(ids) for name, values in scores.items()}
     thresholds = _thresholds(config, context, scores, table[fitting])
     if windows is not None:
-        machine = _machine(config, context, windows, table[fitting])
-        scores["sliding_window"] = pd.Series(machine.predict_proba(windows.loc[ids].to_numpy())[:, 1], index=ids)
+        machine = _machine(config, context, windows, table[fitting & table["id"].isin(windows.index)])
+        found = pd.Series(machine.predict_proba(windows.to_numpy())[:, 1], index=windows.index)
+        scores["sliding_window"] = found.reindex(ids)
         thresholds["sliding_window"] = Threshold(0.5)  # the machine's boundary
     first = next(iter(scores))
     for name, values in scores.items():
         prefixes = [""] * (name == first) + [f"{name}_"] * (name != first or name == "sliding_window")
         for prefix in prefixes:
             table[f"{prefix}probability"] = values.to_numpy()
-            table[f"{prefix}decision"] = thresholds[name].decide(values)
+            decided = pd.Series(thresholds[name].decide(values), table.index)
+            there = values.notna().to_numpy()
+            table[f"{prefix}decision"] = decided if there.all() else decided.astype("Int64").where(there)
     if config.five_grade is not None:
         grades = square_probabilities(config, context, config.five_grade, ids, GRADES)
         table["five_grade"] = grades.argmax(axis=1)
