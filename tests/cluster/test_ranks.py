@@ -3,7 +3,9 @@
 import os
 import signal
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -134,6 +136,24 @@ def test_ctrl_c_ends_ranks_soon(client: Client, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run_ranks(client, partial(told, folder=str(tmp_path)), 2, on_message=stop)
+    for _ in range(100):
+        if len(list(tmp_path.iterdir())) == 2:
+            break
+        time.sleep(0.05)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_ranks_whose_driver_is_gone_end(client: Client, tmp_path):
+    """Training would go on for days on a cluster that was joined."""
+    with ThreadPoolExecutor(1) as pool:
+        driver, begun = Client(client.cluster.scheduler_address, set_as_default=False), threading.Event()
+        work = partial(told, folder=str(tmp_path))
+        running = pool.submit(run_ranks, driver, work, 2, on_message=lambda *_: begun.set())
+        assert begun.wait(20)
+        assert not list(tmp_path.iterdir())
+        driver.close()
+        with pytest.raises(ConnectionError):
+            running.result(20)
     for _ in range(100):
         if len(list(tmp_path.iterdir())) == 2:
             break

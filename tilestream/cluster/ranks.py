@@ -173,10 +173,7 @@ def _watch(
                 heard[number] = error
         if time.monotonic() - looked_s < _POLL_S:
             continue
-        if client.status != "running":
-            raise ConnectionError("the scheduler is gone; see its log, then run again")
-        with said_lost():
-            there = _workers(client)
+        there = _workers(client)
         for rank in ranks:
             if rank.number not in results and rank.worker not in there:
                 raise _lost(rank.number, len(ranks), rank.worker)
@@ -211,8 +208,12 @@ def _holds(keys: Sequence[str], dask_worker: Worker) -> bool:
 
 
 def _workers(client: Client) -> dict[str, Any]:
-    found: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
-    return found
+    with said_lost():
+        found: dict[str, Any] = client.scheduler_info(n_workers=-1)
+    if "workers" not in found:  # what a client says that has given up
+        raise ConnectionError("the scheduler is gone; see its log, then run again")
+    workers: dict[str, Any] = found["workers"]
+    return workers
 
 
 def _result(future: Future, rank: Rank) -> Any:

@@ -23,8 +23,9 @@ class EpochRecord(BaseModel):
 class History(BaseModel):
     """All epochs and the best of them; `model_dump_json` and `model_validate_json` go to JSON and back.
 
-    The best epoch has the highest validation AUC, among equals the lowest validation loss. Where validation holds one
-    class only there is no AUC (None), and `best_by` says "validation_loss".
+    The best epoch has the highest validation AUC (of more than two classes the mean of one against the rest), among
+    equals the lowest validation loss. Where validation holds one class only there is no AUC (None), and `best_by` says
+    "validation_loss".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
