@@ -42,13 +42,7 @@ class Plans:
     def _record(self, extent: tuple[int, int]) -> tuple[str, int]:
         path = self.context.partial_path / f"plan-{extent[0]}x{extent[1]}.json"
         if not path.exists():
-            layout = plan(
-                self.network,
-                extent,
-                memory=None if self.config.tile_px else int(self.context.cluster.memory),
-                tile=self.config.tile_px,
-                channels_out=1 if self.config.reduce == "mean" else self.network.channels,
-            )
+            layout = self._cut(extent)
             self.context.say(f"{self.context.name}: {layout}")
             with replacing(path) as temporary:
                 temporary.write_text(layout.to_json())
@@ -60,6 +54,24 @@ class Plans:
             with replacing(recorded) as temporary:
                 temporary.write_bytes(path.read_bytes())
         return str(recorded), len(layout.tiles)
+
+    def _cut(self, extent: tuple[int, int]) -> TilePlan:
+        channels = 1 if self.config.reduce == "mean" else self.network.channels
+        tile = self.config.tile_px
+
+        def within(budget: int) -> TilePlan:
+            return plan(self.network, extent, memory=None if tile else budget, tile=tile, channels_out=channels)
+
+        memory = int(self.context.cluster.memory)
+        layout = within(memory)
+        if self.config.method != "smoothgrad":
+            return layout
+        # besides, SmoothGrad holds a noisy copy of a tile's window and the sum of its gradients
+        each_bytes = (self.network.channels + channels) * self.network.dtype.itemsize
+        extra = each_bytes * max(tile.window.area for tile in layout.tiles)
+        if layout.peak_bytes + extra > memory:
+            layout = within(memory - extra)
+        return replace(layout, peak_bytes=layout.peak_bytes + extra)
 
 
 class Whole:
