@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from tilestream.synthesis.camera import FIELD_UM, Camera
 from tilestream.synthesis.texture import Field, Grid, noise, step, streaks
 
+Points = NDArray[np.complex128]
+Reals = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Eye:
@@ -71,29 +74,43 @@ def _retina(rng: np.random.Generator, eye: Eye, grid: Grid) -> Field:
     halo = np.exp(-((to_disc / 1.6) ** 2)) * rng.uniform(0.02, 0.12)
     drusen = _drusen(rng, eye, grid)
     pigment = _pigment(rng, grid)
+    clumps = _clumps(rng, grid)
     shared = clouds + grain + fibres * sheen * 0.022 + sheen * 0.05 + halo + reflex
     dark = macula + pit + pigment
     deep = np.float32(rng.uniform(0.6, 1.0))  # how much of it red light shows
     return np.stack(
         [
-            shared * deep + tigroid * 0.7 - dark * (deep - 0.35) + drusen * 0.3,
-            shared * 1.2 + tigroid * 1.3 - dark + warm + drusen,
-            shared * 1.3 + tigroid - dark + warm + drusen * 0.8,
+            shared * deep + tigroid * 0.7 - dark * (deep - 0.35) + drusen * 0.3 - clumps * 0.8,
+            shared * 1.2 + tigroid * 1.3 - dark + warm + drusen - clumps,
+            shared * 1.3 + tigroid - dark + warm + drusen * 0.8 - clumps * 0.9,
         ]
     ).astype(np.float32)
 
 
 def _drusen(rng: np.random.Generator, eye: Eye, grid: Grid) -> Field:
     """(h, w) pale yellow spots about the macula in four eyes of ten, whatever the grade: they tell nothing."""
-    field = np.zeros(grid.shape, np.float32)
     count = int(np.exp(rng.uniform(np.log(5), np.log(120)))) if rng.random() < 0.4 else 0
     places = eye.fovea + rng.normal(0, 1.3, count) + 1j * rng.normal(0, 1.3, count)
-    radii, strengths = rng.uniform(0.03, 0.09, count), rng.uniform(0.05, 0.25, count)
+    return _spots(grid, places, rng.uniform(0.03, 0.09, count), rng.uniform(0.05, 0.25, count), 1)
+
+
+def _clumps(rng: np.random.Generator, grid: Grid) -> Field:
+    """(h, w) clumps of pigment in six eyes of ten, whatever the grade: the number, size, darkness and edges of
+    haemorrhages, but brown, so that neither how much is dark nor how sharp tells the grade."""
+    count = int(np.exp(rng.uniform(np.log(3), np.log(140)))) if rng.random() < 0.6 else 0
+    radii = np.exp(rng.uniform(np.log(0.04), np.log(0.24), count))
+    places = rng.uniform(-6.5, 6.5, count) + 1j * rng.uniform(-6.5, 6.5, count)
+    return _spots(grid, places, radii, rng.uniform(0.15, 0.5, count), 3)
+
+
+def _spots(grid: Grid, places: Points, radii: Reals, strengths: Reals, power: int) -> Field:
+    """(h, w) spots of those strengths, Gaussian for power 1, flat with an edge for more."""
+    field = np.zeros(grid.shape, np.float32)
     for place, radius, strength in zip(places, radii, strengths, strict=True):
         rows = slice(*np.searchsorted(grid.y[:, 0], [place.imag - 3 * radius, place.imag + 3 * radius]))
         cols = slice(*np.searchsorted(grid.x[0], [place.real - 3 * radius, place.real + 3 * radius]))
-        square = (grid.y[rows] - place.imag) ** 2 + (grid.x[:, cols] - place.real) ** 2
-        np.maximum(field[rows, cols], strength * np.exp(-square / radius**2), out=field[rows, cols])
+        square = ((grid.y[rows] - place.imag) ** 2 + (grid.x[:, cols] - place.real) ** 2) / radius**2
+        np.maximum(field[rows, cols], strength * np.exp(-(square**power)), out=field[rows, cols])
     return field
 
 
