@@ -25,10 +25,13 @@ def picture(height: int = 6, width: int = 9, ending: str = ".png", **kwargs) -> 
 
 def everything(text: str = "text") -> list[report.Section]:
     """A section with one item of each type, `text` wherever a text can stand."""
-    table = report.Table([text, "count"], [[text, 35126], ["b", None]], caption=text)
+    table = report.Table([text, "count"], [[text, 35126], ["b", None]], caption=text, title=text)
     card = report.Card(text, [picture(ending=".jpg", alt=text, caption=text)], {text: text}, tone="bad")
     items = [report.KeyFigures({text: text}), table, picture(caption=text, alt=text), picture(chart=True)]
-    return [report.Section(text, text, [*items, report.Gallery([card]), report.Code(text)]), report.Section("Second")]
+    return [
+        report.Section(text, text, [*items, report.Gallery([card]), report.Code(text, text)]),
+        report.Section("Second"),
+    ]
 
 
 class Tags(HTMLParser):
@@ -87,7 +90,7 @@ def test_every_text_is_escaped():
     assert HOSTILE not in html
     tags = Tags(html)
     assert len(tags.named("script")) == 1
-    assert tags.text.count(HOSTILE) == 6 + 3 + 11  # the page itself, its section, the items
+    assert tags.text.count(HOSTILE) == 6 + 3 + 13  # the page itself, its section, the items
     assert [image["alt"] for image in tags.named("img")].count(HOSTILE) == 2
 
 
@@ -190,3 +193,9 @@ def test_a_failing_disk_leaves_the_old_page(tmp_path, monkeypatch, failing):
     assert seen == [tmp_path, tmp_path]  # the part stood beside the page, on the same file system
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_code_is_folded_under_its_summary():
+    html = report.render_page("Title", [report.Section("a", items=[report.Code("open"), report.Code("shut", "name")])])
+    assert html.count("<details>") == 1
+    assert "<details><summary>name</summary><pre tabindex" in html

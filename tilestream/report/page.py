@@ -66,13 +66,15 @@ class Table:
     """Rows under named columns; the first column names the row.
 
     Floats are shown with `digits` decimals, integers with thousands apart, None as an en dash; a column that holds
-    nothing but numbers is right-aligned. Raises ValueError for a row whose length differs from the columns'.
+    nothing but numbers is right-aligned. `title` stands above, `caption` below. Raises ValueError for a row whose
+    length differs from the columns'.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     digits: int = 3
+    title: str = ""
 
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows):
@@ -106,9 +108,10 @@ class KeyFigures:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Text to be shown as it is, in a fixed-width font: a configuration, a command."""
+    """Text to be shown as it is, in a fixed-width font: a configuration, a command; folded under its `summary`."""
 
     text: str
+    summary: str = ""
 
 
 @dataclass(frozen=True, slots=True)
