@@ -96,14 +96,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loc._table(known.assign(split="test"), found).to_parquet(root / "localisation.parquet", index=False)
     evaluate(EvaluateConfig(), context)
     saliency = {"border": 0.1, "border_rule": "circle"}
-    for age, (name, config) in enumerate(
-        {
-            "saliency": saliency, "crops": {"centres": "saliency"}, "windows": {"window_px": WINDOW},
-            "predict": {"crops": "crops", "windows": "windows"}, "localise": localising.model_dump(mode="json"),
-        }.items()
-    ):  # fmt: skip
-        write_json(root / "journal" / f"{name}.json", {"stage": name, "config": config, "versions": VERSIONS})
-        os.utime(root / "journal" / f"{name}.json", (age, age))
+    settings = {
+        "saliency_square": saliency, "saliency": saliency, "crops": {"centres": "saliency"},
+        "windows": {"window_px": WINDOW}, "predict": {"crops": "crops", "windows": "windows"},
+        "localise": localising.model_dump(mode="json"),
+    }  # fmt: skip
+    for age, (name, config) in enumerate(settings.items()):
+        path = root / "journal" / f"{name}.json"
+        write_json(path, {"stage": name.partition("_")[0], "config": config, "versions": VERSIONS})
+        os.utime(path, (age, age))
     one = {"wall_s": 1.5, "peak_bytes": 2**30, "peak_driver_bytes": 2**30, "peak_worker_bytes": 2**29, "resumed": True}
     write_json(root / "timings.json", {"crops": one, "saliency": {**one, "resumed": False}})
     tables(TablesConfig(), context)
@@ -169,10 +170,10 @@ def test_a_whole_run_has_every_section(place):
     for text in ("AUC minus naive", "quadratic weighted kappa", "Table 4: decisions", "centre on a lesion", "35,126"):
         assert text in html
     assert "only the last part of those that were resumed: crops." in html
-    assert "Stages that ran with another torch: saliency 2.0, crops 2.0" in html
-    assert [re.findall("<summary>(.*?)</summary>", html)] == [
-        ["saliency: saliency", "crops: crops", "windows: windows", "predict: predict", "localise: localise"]
-    ]
+    assert "Stages that ran with another torch: saliency_square 2.0, saliency 2.0, crops 2.0" in html
+    assert re.findall("<summary>(.*?)</summary>", html) == [
+        "saliency_square (saliency)", "saliency", "crops", "windows", "predict", "localise",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def reliability(bins: Sequence[Mapping[str, float]], name: str = "unhealthy") ->
 def rates(found: Mapping[str, Rates], *, x_label: str, y_label: str) -> bytes:
     """Shares by level, each with its interval, beside what chance gives: dashed, with open marks. Levels by powers."""
     _some(found)
-    figure, (axes,) = _canvas(5.4, 4.4)
+    figure, (axes,) = _canvas(5.4, 4.8)
     for index, (name, each) in enumerate(found.items()):
         style = _style(index, 0)
         levels, values, low, high, chance = (
@@ -124,8 +124,7 @@ def rates(found: Mapping[str, Rates], *, x_label: str, y_label: str) -> bytes:
     axes.set(xlabel=x_label, ylabel=y_label, xlim=(ticks[0] / 1.25, ticks[-1] * 1.25))
     axes.set_ylim(0, min(1, 1.1 * max(shown, default=1)))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    rising = any(each.curve for each in found.values())
-    axes.legend(frameon=False, loc="upper left" if rising else "best")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)  # intervals would cross it inside
     return _png(figure)
 
 

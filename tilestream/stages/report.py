@@ -99,7 +99,8 @@ def _run(context: Context, records: dict[str, dict[str, Any]]) -> Iterator[Secti
     note = f"Versions. Stages that ran with another torch: {', '.join(older)}." if older else "Versions."
     items.append(Table(["package", "version"], rows, note))
     for name, record in records.items():
-        items.append(Code(json.dumps(record["config"], indent=2), f"{name}: {record['stage']}"))
+        verb = "" if record["stage"] == name else f" ({record['stage']})"
+        items.append(Code(json.dumps(record["config"], indent=2), f"{name}{verb}"))
     yield Section("This run", "Time, memory, versions, and the configuration of each stage.", items)
 
 
