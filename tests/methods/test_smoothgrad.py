@@ -41,6 +41,8 @@ def test_noise_is_normal_and_independent():
 def test_noise_follows_from_seed_and_sample_alone():
     one = normal(1, 0, range(3), range(5), range(6))
     np.testing.assert_array_equal(normal(1, 0, range(3), range(5), range(6)), one)
+    many = normal(1, 0, range(17), range(5), range(6))
+    assert len({channel.tobytes() for channel in many}) == 17
     for seed, sample in ((2, 0), (1, 1), (1 + (1 << 40), 0)):
         assert (normal(seed, sample, range(3), range(5), range(6)) != one).mean() > 0.9
 
