@@ -200,6 +200,17 @@ def test_a_stored_machine_decides_alike_elsewhere(made, make_run):
         run.predict(windows="windows", decision="stored", naive=None)
 
 
+def test_histograms_that_are_all_alike_are_told(made, make_run):
+    run = make_run()
+    table = pd.read_parquet(made.path / "windows.parquet")
+    table[COLUMNS] = np.eye(20)[3]
+    table.to_parquet(run.path / "windows.parquet")
+    predicted, said = run.predict(windows="windows", naive=None)
+    assert "all validation histograms of windows are alike" in said
+    assert predicted["probability"].nunique() == 1
+    assert "are alike" not in made.predict(windows="windows", naive=None)[1]
+
+
 def test_windows_alone_are_the_decision(made):
     table, _ = made.predict(windows="windows", naive=None)
     assert table.attrs["model"] == "sliding_window"

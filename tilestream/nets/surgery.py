@@ -10,6 +10,7 @@ import copy
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 _POOLS = {nn.AdaptiveAvgPool2d: nn.AvgPool2d, nn.AdaptiveMaxPool2d: nn.MaxPool2d}
 _POINTWISE = (nn.ReLU, nn.Dropout, nn.Identity)
@@ -124,9 +125,10 @@ def _map(body: fx.GraphModule, size_px: int) -> tuple[int, int]:
     """Channels and side of the map of a square image; only shapes are computed."""
     first = next(m for m in body.modules() if isinstance(m, nn.Conv2d))
     image = torch.empty((1, first.in_channels, size_px, size_px), device="meta", dtype=first.weight.dtype)
+    weights = {name: t.to("meta") for name, t in [*body.named_parameters(), *body.named_buffers()]}
     try:
         with torch.no_grad():
-            _, channels, side, _ = copy.deepcopy(body).to("meta")(image).shape
+            _, channels, side, _ = functional_call(body, weights, (image,)).shape
     except RuntimeError as error:
         raise ValueError(f"a window of {size_px} px does not fit the network: {str(error).splitlines()[0]}") from error
     return channels, side

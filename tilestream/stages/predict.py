@@ -123,7 +123,13 @@ def _machine(config: PredictConfig, context: Context, windows: pd.DataFrame, lea
         return HistogramSVM.from_json(json.loads(path.read_text()))
     if not len(learnt):
         raise ValueError(f"{config.windows} has no validation photograph with a label; add validation to its splits")
-    machine = HistogramSVM().fit(windows.loc[learnt["id"]].to_numpy(), learnt["label"].to_numpy(int))
+    shares = windows.loc[learnt["id"]].to_numpy()
+    if (shares == shares[0]).all():
+        context.say(
+            f"{context.name}: all validation histograms of {config.windows} are alike, and nothing can be decided by "
+            "them: the network gives every window about the same probability; train it for longer"
+        )
+    machine = HistogramSVM().fit(shares, learnt["label"].to_numpy(int))
     write_json(machine_path(context.run / "models"), machine.to_json())
     return machine
 
