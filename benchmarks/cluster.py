@@ -29,8 +29,8 @@ from kills import Cluster  # its neighbour
 from rich.console import Console
 
 from tilestream.cluster import Job, Progress, connect, run
-from tilestream.engine import plan
-from tilestream.geometry import GRANULARITIES
+from tilestream.engine import highest, highest_of, plan
+from tilestream.geometry import GRANULARITIES, interior
 from tilestream.stages import saliency_tasks as tasks
 from tilestream.stages.base import set_threads
 from tilestream.stages.granularity import choose
@@ -117,15 +117,15 @@ def plain(works: list[tasks.Task]) -> dict[str, float]:
 
 def _loop(works: list[tasks.Task]) -> None:
     work = tasks.saliency_pass(works[0])
-    border = tasks.interior(work.plan.image, works[0].border)
+    border = interior(work.plan.image, works[0].border)
     for task in works:
         cells: list[Any] = []
 
         def write(cell: Any, values: Any, cells: list[Any] = cells) -> None:
-            cells.append((tasks.highest(values, cell, border), tasks.overview(values, cell)))
+            cells.append((highest(values, cell, border), tasks.overview(values, cell)))
 
         work.run(tasks.source(task), write)
-        tasks.highest_of([peak for peak, _ in cells])
+        highest_of([peak for peak, _ in cells])
 
 
 def at_once(works: list[tasks.Task]) -> dict[str, float]:

@@ -17,7 +17,7 @@ ALLOWED = {
     "stages": BELOW_STAGES,
     "cli": {"stages"},
     "__main__": {"cli"},
-    "__init__": {"engine", "nets", "store"},
+    "__init__": {"engine", "methods", "nets", "store"},
 }
 THIRD_PARTY = {
     "geometry": set(),

@@ -17,15 +17,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import nets
     from .engine import Saliency, Streamed, stream
+    from .methods.estimators import CropDecision, HistogramSVM
     from .store import open_dataset
 
 # Huge pages for PyTorch's large buffers: a third of a tile's time went into mapping them 4 KiB at a time (measured).
 # PyTorch reads this once, at its first tensor, so it is set before anything of ours can make one.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-__all__ = ["Saliency", "Streamed", "nets", "open_dataset", "stream"]
+__all__ = ["CropDecision", "HistogramSVM", "Saliency", "Streamed", "nets", "open_dataset", "stream"]
 
-_PLACES = {"stream": "engine", "Streamed": "engine", "Saliency": "engine", "open_dataset": "store"}
+_PLACES = {
+    "stream": "engine", "Streamed": "engine", "Saliency": "engine", "open_dataset": "store",
+    "CropDecision": "methods.estimators", "HistogramSVM": "methods.estimators",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -166,6 +166,8 @@ def test_any_graph_equals_the_whole(whole, differs, check_gradients, case):
     except ValueError as error:
         if "has no convolution" in str(error):  # none on the way to a pooling
             return
+        if "a map of which another value is a view" in str(error):  # written on after contiguous(), which may copy
+            return
         raise
     try:
         bound = network.bind(tuple(image.shape[1:]))

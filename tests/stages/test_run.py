@@ -1,5 +1,6 @@
 """The small run against plain PyTorch on whole photographs, and what lies in its folder."""
 
+import copy
 import json
 import re
 
@@ -36,7 +37,7 @@ def test_centres_equal_plain_pytorch_on_whole_photographs(made):
     net, average = model.net.double(), model.preprocessing["average"]
     centres = pd.read_parquet(made.run / "centres.parquet")
     assert list(centres["id"]) == made.store.ids
-    same, distances = 0, []
+    same, distances, plain = 0, [], []
     for row in centres.itertuples():
         image = normalised(made, row.id, average)
         saliency, probability = whole_map(net, image)
@@ -51,10 +52,12 @@ def test_centres_equal_plain_pytorch_on_whole_photographs(made):
         assert row.probability == pytest.approx(probability, abs=1e-5)
         written = np.asarray(zarr.open_array(made.run / "saliency.zarr" / row.id, mode="r")[:])
         distances.append(np.linalg.norm(written - saliency) / np.linalg.norm(saliency))
+        single, _ = whole_map(copy.deepcopy(net).float(), image.float())
+        plain.append(np.linalg.norm(single - saliency) / np.linalg.norm(saliency))
     assert same >= len(centres) - 1
-    # float32 flips a ReLU or a pooling winner in some photographs, in PyTorch too; a wrong halo errs by 0.1 and more
-    assert max(distances) < 0.05
-    assert np.median(distances) < 1e-3
+    # float32 flips a ReLU or a pooling winner in some photographs, in PyTorch too
+    assert np.linalg.norm(distances) <= 1.5 * np.linalg.norm(plain)
+    assert np.median(distances) <= max(1e-3, 1.5 * np.median(plain))
 
 
 def test_crops_are_the_photographs_pixels(made):

@@ -40,7 +40,7 @@ def run(config: EvaluateConfig, context: Context) -> None:
     is null.
     """
     table = selected(config.split, context)
-    table["patient_group"], of = _groups(table, context)
+    table["patient_group"], of = patient_groups(table, context)
     models = columns(table)
     metrics: dict[str, Any] = {
         "split": config.split, "groups": of, "predictions_sha256": digest(predictions_path(context))
@@ -68,7 +68,7 @@ def selected(split: str, context: Context) -> pd.DataFrame:
     return table.astype({"label": int})
 
 
-def _groups(table: pd.DataFrame, context: Context) -> tuple[np.ndarray, str]:
+def patient_groups(table: pd.DataFrame, context: Context) -> tuple[np.ndarray, str]:
     """A number a photograph, the same for those that share a patient or a file; and what the numbers stand for."""
     if context.store_path is None:
         return np.arange(len(table)), "photographs"

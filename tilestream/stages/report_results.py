@@ -15,8 +15,7 @@ from tilestream.methods.metrics import pr_points, roc_points
 from tilestream.report import Curve, KeyFigures, Picture, Rates, Section, Table
 
 from .base import Context, digest
-from .evaluate import _groups as patient_groups
-from .evaluate import columns, read_metrics, selected
+from .evaluate import columns, patient_groups, read_metrics, selected
 from .localise import result_path
 from .predict import decision_path, predictions_path
 from .tables import interval as plain_interval

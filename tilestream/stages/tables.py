@@ -89,6 +89,8 @@ def costs(context: Context, photographs: int) -> list[dict[str, Any]]:
         return []
     count = int(context.store.info()["images"])
     times = {name: t for name, t in json.loads(path.read_text()).items() if name not in (context.name, "report")}
+    records = {p.stem: p.stat().st_mtime for p in (context.run / "journal").glob("*.json")}
+    times = dict(sorted(times.items(), key=lambda item: records.get(item[0], 0.0)))  # in the order of the run
     rows: list[list[Any]] = [
         [name, t["wall_s"], t["peak_bytes"] / 2**20, round(t["wall_s"] / count * photographs / 3600, 2)]
         for name, t in times.items()
