@@ -175,7 +175,11 @@ def test_any_graph_equals_the_whole(whole, differs, check_gradients, case):
         assert nothing_comes_out(net, image)
         return
     parts = segments(bound, ())
-    streamed = stream(net, tile=math.lcm(*(side for part in parts for side in part.stride(part.owned))) * outputs)
+    try:
+        streamed = stream(net, tile=math.lcm(*(side for part in parts for side in part.stride(part.owned))) * outputs)
+    except ValueError as error:
+        assert "takes no image of noise" in str(error), error  # its maps meet in images of one size alone
+        return
     with torch.no_grad():
         logits = net(image[None].clone())
         assert not differs(streamed(image), logits)
