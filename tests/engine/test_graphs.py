@@ -178,8 +178,9 @@ def test_any_graph_equals_the_whole(whole, differs, check_gradients, case):
     try:
         streamed = stream(net, tile=math.lcm(*(side for part in parts for side in part.stride(part.owned))) * outputs)
     except ValueError as error:
-        assert "takes no image of noise" in str(error), error  # its maps meet in images of one size alone
-        return
+        if "takes no image of noise" in str(error):  # its maps meet in images of one size alone
+            return
+        raise
     with torch.no_grad():
         logits = net(image[None].clone())
         assert not differs(streamed(image), logits)
