@@ -207,7 +207,7 @@ def _stage_command(verb: str) -> None:
 def synth(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to fill")], *, values: dict[str, Any]
 ) -> None:
-    """Makes synthetic photographs with known lesions: OUT/*.jpeg, OUT/labels.csv (image, level), OUT/lesions/."""
+    """Makes synthetic photographs with known lesions: OUT/*.jpeg, labels.csv, lesions.csv, legend.csv, lesions/."""
     stage = stages.STAGES["synth"]
     with Context(out, cluster=configured(ClusterConfig, values)) as context:
         stage.run(configured(stage.config, {**values, "folder": "."}), context)
