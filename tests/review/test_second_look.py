@@ -102,8 +102,9 @@ def test_measures_carry_the_name_of_the_model_that_decided(tmp_path, monkeypatch
     scores = pd.Series([0.1, 0.2, 0.8, 0.9], index=ids)
     samples = pd.DataFrame({"id": ids, "label": pd.array([0, 1, 2, 4], "Int64"), "split": ["validation"] * 4})
     monkeypatch.setattr(predict, "chosen", lambda context, splits: samples)
-    monkeypatch.setattr(predict, "_crop_scores", lambda config, context: scores)
-    monkeypatch.setattr(predict, "_square_scores", lambda config, context, ids: scores)
+    both = np.stack([1 - scores, scores], axis=1)
+    monkeypatch.setattr(predict, "crop_probabilities", lambda config, context, table: scores)
+    monkeypatch.setattr(predict, "square_probabilities", lambda config, context, name, ids, classes: both)
     context = Context(tmp_path, name="predict")
     predict.run(parse(predict.PredictConfig, {"crops": crops, "naive": naive}), context)
     assert columns(selected("validation", context)) == names
