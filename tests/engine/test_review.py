@@ -194,7 +194,7 @@ def without_gradient(z, x):
         (lambda z, x: z - z.mean(0, keepdim=True), "looks at the whole batch"),
         (lambda z, x: z / x.shape[0], "looks at the whole batch"),
         (lambda z, x: z.mean(0, keepdim=True), "for a batch of two"),
-        (without_gradient, "has other gradients in plain PyTorch"),
+        (without_gradient, "gradients are switched off inside it"),
     ],
 )
 def test_what_tracing_cannot_see_is_refused(head, match):
@@ -307,9 +307,8 @@ def test_what_is_overwritten_before_going_back_is_told(image):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.backward()
     x = image.clone().requires_grad_()
-    (g,) = torch.autograd.grad(streamed(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        g.sum().backward()
+    with pytest.raises(RuntimeError, match="gradients of gradients cannot be streamed"):
+        torch.autograd.grad(streamed(x).sum(), x, create_graph=True)
 
 
 def test_hooks_of_parameters(image):
@@ -429,7 +428,7 @@ def no_gradient(y):
 @pytest.mark.parametrize(
     ("step", "match"),
     [
-        (no_gradient, "has other gradients in plain PyTorch"),
+        (no_gradient, "gradients are switched off inside it"),
         (write_on_a_copy, "overwrites a map of which another value is a view"),
         (write_on_a_pooled_vector, "is overwritten, and maps"),
         (lambda y: y * F.avg_pool2d(y, y.shape[2:], padding=1), "padding=1, divisor_override=None cannot be streamed"),
@@ -694,3 +693,62 @@ def test_numbers_of_numpy(image):
     streamed = stream(net, tile=16)
     want = streamed.saliency(image, target=1).numpy()
     np.testing.assert_array_equal(streamed.saliency(image, target=np.int64(1)).numpy(), want)
+
+
+def test_tensors_that_want_gradients_and_are_no_parameters_are_refused():
+    class Hidden(Net):
+        def __init__(self):
+            super().__init__(nn.ReLU())
+            self.register_buffer("scale", torch.ones(1, dtype=torch.float64, requires_grad=True))
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    net = Hidden()
+    net.scale.requires_grad_()
+    refused(net, "scale requires grad but is no parameter")
+    net = Net(nn.ReLU()).double()
+    weight = net.conv.weight.detach().clone().requires_grad_()
+    del net.conv.weight
+    net.conv.weight = weight * 2
+    refused(net, "weight requires grad but is no parameter")
+
+
+def test_weights_that_are_tied_to_others_are_noticed(image):
+    class Tied(Net):
+        def __init__(self):
+            super().__init__(nn.ReLU())
+            self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+            self.b.weight = self.conv.weight
+
+        def forward(self, x):
+            return self.fc((self.conv(x) * torch.sigmoid(self.b(x)) + self.c(x)).mean((2, 3)))
+
+    net = Tied().double().eval()
+    streamed = stream(net, tile=16)
+    streamed(image)
+    net.b.weight = net.c.weight
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(image).detach(), net(image[None]), rtol=1e-11, atol=1e-13)
+
+
+def test_the_shortcut_of_two_logits_looks_at_every_image(image):
+    net, images = Net(nn.ReLU()).double().eval(), torch.stack([image, -image])
+    loss = lambda z: 1e10 * (z[0, 1] - z[0, 0]) + 1e-8 * z[1].sum()  # noqa: E731
+    stream(net, tile=16).backward(images[[1, 1]] * 0 + images, loss)
+    got = net.fc.bias.grad.clone()
+    net.zero_grad()
+    loss(net(images)).backward()
+    torch.testing.assert_close(got, net.fc.bias.grad, rtol=1e-15, atol=0)
+
+
+def test_what_forward_leaves_behind_does_not_trace_it_anew(image, monkeypatch):
+    class Leaving(Net):
+        def forward(self, x):
+            self.features = self.conv(x)
+            return super().forward(x)
+
+    net = Leaving(nn.ReLU()).double().eval()
+    streamed = stream(net, tile=16)
+    known = streamed.network()
+    assert streamed.network() is known

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tilestream.geometry import Plan, Region
 
@@ -78,17 +79,22 @@ class Streamed(nn.Module):
     def network(self) -> Network:
         """The traced network, traced anew if a parameter, a buffer, a module or a setting of one changed."""
         with self._lock:
-            state = [*self.net.parameters(), *self.net.buffers()]
-            stamp = [_stamp(t) for t in state], [_settings(name, m) for name, m in self.net.named_modules()]
+            stamp = self._state()
             if stamp != self._stamp:
                 self._network = trace(self.net, self.precision)
                 if self._stamp is None or stamp[1] != self._stamp[1]:
                     check_against_plain(self.net, trace(self.net) if self.precision else self._network)
                     trim()
-                self._stamp = stamp
-                self._held = state  # or new weights could get the identities of old ones
+                self._stamp = self._state()  # as it is now: forward code may have left something in its modules
+                self._held = [*self.net.parameters(), *self.net.buffers()]  # or new ones could get their identities
                 self._plans.clear()
             return self._network
+
+    def _state(self) -> Any:
+        """What the result may depend on: tensors under all their names, and settings."""
+        net = self.net
+        named = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+        return [(name, _stamp(t)) for name, t in named], [_settings(name, m) for name, m in net.named_modules()]
 
     def plan(
         self, shape: Sequence[int], *, reduce: Reduce | None = "mean", method: str = "gradient", weights: bool = False,
@@ -367,16 +373,21 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streamed: Streamed, scratch: Scratch, image: Tensor, *parameters: Tensor) -> Tensor:
         result, ctx.work = streamed._forward(image.detach(), keep=scratch)
-        buffers = list(streamed.net.buffers())
+        buffers = [b for b in streamed.net.buffers() if b.is_floating_point()]
         ctx.save_for_backward(image, *parameters, *buffers)  # PyTorch tells when one is overwritten before `backward`
         ctx.count = len(parameters)
         return result
 
     @staticmethod
-    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph=True: gradients of gradients cannot be streamed")
+        return _Run.once(ctx, gradient)
+
+    @staticmethod
     @as_it_stands
     @reused_buffers()
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def once(ctx: Any, gradient: Tensor) -> Any:
         work: Pass = ctx.work
         if work.used:
             raise RuntimeError("this result was gone back from already; call the streamed network again")
@@ -427,13 +438,16 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 def _as_guessed(down: Tensor, network: Network) -> bool:
     """Whether the gradients of two logits sum to zero, up to rounding."""
-    tolerance = 4 * torch.finfo(network.dtype).eps * down.abs().amax()
+    tolerance = 4 * torch.finfo(network.dtype).eps * down.abs().amax(1)  # each image by itself: weights may be of one
     return down.shape[1] == 1 or bool((down.sum(1).abs() <= tolerance).all())
 
 
 def _stamp(t: Tensor) -> Any:
     """What tells a tensor from another, and from itself with other values: writes through `.data` count no version."""
-    return id(t), t.data_ptr(), t._version, t.dtype, t.device, t.requires_grad, _checksum(t)
+    if t.layout is not torch.strided or t.is_nested or t.is_conj():
+        return id(t)
+    version = -1 if t.is_inference() else t._version
+    return id(t), t.data_ptr(), version, t.dtype, t.device, t.requires_grad, _checksum(t)
 
 
 def _checksum(t: Tensor) -> int:
@@ -450,20 +464,23 @@ def _settings(name: str, module: nn.Module) -> Any:
     return name, id(module), type(module).forward, supported.has_hooks(module), _frozen(values), classes
 
 
-def _frozen(value: Any, depth: int = 4) -> Any:
+def _frozen(value: Any, depth: int = 8) -> Any:
     """A value that equals another one's only if both hold the same."""
     if isinstance(value, Tensor):
         return _stamp(value)
     if isinstance(value, np.ndarray):
-        return value.shape, value.dtype.str, value.tobytes() if value.dtype != object else repr(value)
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
+        if value.dtype.hasobject:
+            return value.shape, _frozen(value.tolist(), depth)
+        values: Any = np.ascontiguousarray(value).view(np.uint8)
+        return value.shape, value.dtype.str, zlib.crc32(values)
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, bytearray, np.generic)):
         return type(value), repr(value)
-    if depth and isinstance(value, (list, tuple, set, frozenset)):
+    if depth and isinstance(value, (list, tuple, set, frozenset, deque)):
         return type(value), [_frozen(v, depth - 1) for v in value]
     if depth and isinstance(value, dict):
         return type(value), [(_frozen(k, depth - 1), _frozen(v, depth - 1)) for k, v in value.items()]
-    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
-        return type(value), id(value), _frozen(vars(value), depth - 1)
+    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, FunctionType)):
+        return _Same(value), _frozen(vars(value), depth - 1)
     return _Same(value)
 
 

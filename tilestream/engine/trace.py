@@ -170,7 +170,8 @@ def trace(net: nn.Module, precision: Precision | None = None) -> Network:
         names = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"the network's parameters are {names}; call net.float() or net.double() first")
     try:
-        graph = _Tracer(param_shapes_constant=True).trace(net)
+        with torch.enable_grad():
+            graph = _Tracer(param_shapes_constant=True).trace(net)
     except Exception as error:  # fx raises many kinds, all of them about the user's forward code
         why = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{type(net).__name__}.forward cannot be traced by torch.fx: {why}") from error
@@ -194,6 +195,11 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if not torch.is_grad_enabled():
+            raise ValueError("gradients are switched off inside it; switch them off around it, or use .detach()")
+        return super().create_node(*args, **kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
@@ -281,6 +287,7 @@ class _Builder:
             if node.op == "output":
                 self._output(node)
                 continue
+            self._refuse_hidden_leaves(node)
             maps = [n for n in node.all_input_nodes if n in self.maps]
             if any(n in self.tuples for n in node.all_input_nodes):
                 self._element(node)
@@ -354,6 +361,21 @@ class _Builder:
         target = self.target(node)
         if isinstance(target, nn.Module) and supported.has_hooks(target):
             raise self.refusal(node, "has hooks, which cannot be streamed; remove them first")
+
+    def _refuse_hidden_leaves(self, node: fx.Node) -> None:
+        """Tensors that want gradients and are no parameters: nothing would bring them any."""
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            module = self.net.get_submodule(owner)
+            found = {} if name in module._parameters else {name: getattr(module, name)}
+        elif node.op == "call_module":
+            module = self.target(node)
+            found = {**module._buffers, **vars(module)}
+        else:
+            return
+        for name, value in found.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise self.refusal(node, f"{name} requires grad but is no parameter; make it an nn.Parameter")
 
     def _refuse_outer_hooks(self) -> None:
         """What torch.fx does not see: hooks of the network itself, hooks on gradients, methods that were replaced."""
