@@ -752,3 +752,40 @@ def test_what_forward_leaves_behind_does_not_trace_it_anew(image, monkeypatch):
     streamed = stream(net, tile=16)
     known = streamed.network()
     assert streamed.network() is known
+
+
+def test_weights_of_zero_hide_nothing():
+    class Gate(Head):
+        def __init__(self):
+            super().__init__(lambda z, x: z)
+            self.gate = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            z = self.fc(self.conv(x).mean((2, 3)))
+            return z + self.gate * (z - z.mean(0, keepdim=True))
+
+    refused(Gate(), "looks at the whole batch")
+    net = Head(lambda z, x: z - z.mean(0, keepdim=True))
+    nn.init.zeros_(net.fc.weight)
+    nn.init.zeros_(net.fc.bias)
+    refused(net, "looks at the whole batch")
+
+
+def test_a_gate_that_begins_at_zero_is_streamed(equal):
+    class Gate(Net):
+        def __init__(self):
+            super().__init__(nn.ReLU())
+            self.gate = nn.Parameter(torch.zeros(1, 4, 1, 1))
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.fc((y + self.gate * self.step(y)).mean((2, 3)))
+
+    equal(Gate())
+
+
+def test_a_loss_that_reads_the_image_is_refused(image):
+    x = image[None].clone().requires_grad_()
+    with pytest.raises(ValueError, match="loss_fn reads the image"):
+        stream(Net(nn.ReLU()).double().eval(), tile=16).backward(x, lambda z: z.sum() + x.square().sum())
+    assert x.grad is None

@@ -7,6 +7,7 @@ images of noise, and compared.
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import product
 from typing import Any
@@ -23,6 +24,8 @@ from .trace import Network
 
 SHAPES_PX = tuple((n, n + d) for n in (64, 128, 192, 256, 512, 1024) for d in (7, 64))
 """The first that the network takes: some want sides that 2, or 64, divides."""
+ASLEEP = 1e-3
+"""A weight whose entries are all smaller hides what it multiplies."""
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.float16: 0.1}
 """Of the results' maximum; of gradients' norms ten times as much, for rounding flips rectifiers."""
 
@@ -55,6 +58,26 @@ def check_against_plain(net: nn.Module, network: Network) -> None:
         f"{type(net).__name__}.forward takes no image of noise, from {SHAPES_PX[0]} to {SHAPES_PX[-1]} px, on which it "
         f"could be compared with plain PyTorch: {why}"
     )
+
+
+def awake(net: nn.Module) -> nn.Module | None:
+    """A copy of the network whose weights of nearly zero are not: a gate or head that begins at zero hides the rest.
+
+    None where it has none. Biases hide nothing.
+    """
+    weights = {name for name, p in net.named_parameters() if not name.endswith("bias") and p.numel() and _asleep(p)}
+    if not weights:
+        return None
+    copied, generator = copy.deepcopy(net), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in copied.named_parameters():
+            if name in weights:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
+    return copied
+
+
+def _asleep(p: Tensor) -> bool:
+    return float(p.detach().abs().max()) < ASLEEP
 
 
 def _is_finite(net: nn.Module, images: Tensor) -> bool:

@@ -21,7 +21,7 @@ from .allocator import resident_bytes, reused_buffers, trim
 from .context import as_it_stands
 from .passes import Mode, Pass, Weights
 from .planner import Planner, cut, parse_bytes
-from .probe import check_against_plain
+from .probe import awake, check_against_plain
 from .saliency import Reduce, Saliency, Sink, check, reduced
 from .scratch import Allocate, FileArray, Scratch
 from .tile import Array, Source, keeps
@@ -84,6 +84,8 @@ class Streamed(nn.Module):
                 self._network = trace(self.net, self.precision)
                 if self._stamp is None or stamp[1] != self._stamp[1]:
                     check_against_plain(self.net, trace(self.net) if self.precision else self._network)
+                    if (roused := awake(self.net)) is not None:
+                        check_against_plain(roused, trace(roused))
                     trim()
                 self._stamp = self._state()  # as it is now: forward code may have left something in its modules
                 self._held = [*self.net.parameters(), *self.net.buffers()]  # or new ones could get their identities
@@ -282,7 +284,10 @@ class Streamed(nn.Module):
                     work.close()
             # all at once: a call that is cancelled leaves nothing behind, and hooks see the sum
             parameters: list[Tensor] = [p for p in self.net.parameters() if p.requires_grad]
-            parameters += [p for p in _leaves(loss) if p is not leaf and not any(p is q for q in parameters)]
+            others = [p for p in _leaves(loss) if p is not leaf and not any(p is q for q in parameters)]
+            if any(p is image for p in others):
+                raise ValueError("loss_fn reads the image, which wants a gradient; use loss(streamed(image)) instead")
+            parameters += others
             self._add(parameters, total.gradients(network, parameters, loss))
             return loss.detach()
         finally:
@@ -497,9 +502,7 @@ class _Same:
 
 
 def _is_complex(image: Any) -> bool:
-    if isinstance(image, Tensor):
-        return image.is_complex()
-    return np.dtype(getattr(image, "dtype", float)).kind == "c"  # a source need not tell
+    return "complex" in str(getattr(image, "dtype", ""))  # a source need not tell
 
 
 def _sink(target: Any, index: int | None) -> Callable[[Region, Tensor], None] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +14,11 @@ from tilestream.cluster import Job
 from tilestream.engine import stream
 from tilestream.methods import normalise_square, resize_square
 from tilestream.methods.faithfulness import deletion_insertion, randomised_correlations
-from tilestream.nets import load_model
 from tilestream.store import Store
 
 from .base import Context, Stage, StageConfig, digest, write_json
 from .jobs import run_jobs
-from .models import locate, read_model
+from .models import locate, read_model, read_once
 from .split import chosen, path_of
 
 BLOCKS = 32
@@ -79,9 +77,7 @@ def one(
     seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """All figures of one photograph's square, on a worker."""
-    if hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"model file {path!r} changed while the run was going on; start the run again")
-    model = load_model(path)
+    model = read_once(path, sha256)
     average = np.asarray(model.preprocessing["average"], np.float32)
     raw = resize_square(np.asarray(Store(store).square(id)[:]), average.shape[-1])
     image, streamed = normalise_square(raw, average), stream(model.net)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
 from pathlib import Path
 
+import torch
 import yaml
 
 from tilestream.nets import Model, convert, load_model
@@ -29,6 +32,23 @@ def read_model(context: Context, model: str, net: str | None = None) -> Model:
         hint = f"; {nearest(path.stem, there)}" if there else ""
         raise FileNotFoundError(f"model file {str(path)!r} does not exist{hint}")
     return load_model(path, architecture=net)
+
+
+@lru_cache(maxsize=2)
+def read_once(path: str, sha256: str, net: str | None = None) -> Model:
+    """On a worker: a model, once a process; ValueError where the file is not the one that the driver saw."""
+    if hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"model file {path!r} changed while the run was going on; start the run again")
+    return load_model(path, architecture=net)
+
+
+def steady(device: str, threads: int | None) -> None:
+    """On a worker, for each task anew: torch's threads (None leaves them), and the same bits on every run of a GPU."""
+    if threads is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def convert_checkpoint(checkpoint: Path, out: Path, net: str, parameters: str) -> None:

@@ -6,7 +6,6 @@ plans are read once a process, by path and hash.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -32,8 +31,9 @@ from tilestream.methods import (
     conclude,
     look,
 )
-from tilestream.nets import Model, load_model
 from tilestream.store import Store
+
+from .models import read_once, steady
 
 Precision = Literal["float32", "bf16"]
 OVERVIEW = 8
@@ -89,20 +89,11 @@ class Result:
 
 
 @lru_cache(maxsize=2)
-def read(path: str, sha256: str, net: str | None) -> Model:
-    """A model, once a process; ValueError where the file is not the one that the driver saw."""
-    data = Path(path).read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"model file {path!r} changed while the run was going on; start the run again")
-    return load_model(path, architecture=net)
-
-
-@lru_cache(maxsize=2)
 def network(
     path: str, sha256: str, net: str | None, precision: Precision = "float32", device: str = "cpu"
 ) -> tuple[Network, np.ndarray | None]:
     """A traced network and its average image, once a process."""
-    model = read(path, sha256, net)
+    model = read_once(path, sha256, net)
     average = model.preprocessing.get("average")
     traced = trace(model.net.to(device), None if precision == "float32" else precision)
     return traced, None if average is None else np.asarray(average, np.float32)
@@ -123,8 +114,7 @@ def saliency_pass(task: Task) -> SaliencyPass:
 
 def traced(task: Task) -> tuple[Network, np.ndarray | None]:
     """The task's network and average image, and its number of threads from now on."""
-    if task.threads is not None and torch.get_num_threads() != task.threads:
-        torch.set_num_threads(task.threads)
+    steady(task.device, task.threads)
     return network(task.model, task.model_sha256, task.net, task.precision, task.device)
 
 
@@ -329,7 +319,4 @@ def prepare(task: Task) -> None:
         on_gpu = task.device == "cuda"
         if not (torch.cuda.is_bf16_supported() if on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             raise ValueError(f"precision='bf16', but this {task.device} has no bfloat16; use float32")
-    if task.device == "cuda":  # the same bits on every run
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     traced(task)

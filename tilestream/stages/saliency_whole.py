@@ -23,6 +23,7 @@ from tilestream.methods import normalise_square, resize_square
 from tilestream.store import Store
 
 from . import saliency_tasks as tasks
+from .models import read_once
 from .saliency_tasks import Precision, Result, Task
 
 BOX_PX = 1024
@@ -81,7 +82,7 @@ def streamed(
 ) -> Streamed:
     """A network over images of any size, once a process."""
     how: Any = {"memory": memory} if tile_px is None else {"tile": tile_px}
-    module = tasks.read(path, sha256, net).net.to(device)
+    module = read_once(path, sha256, net).net.to(device)
     return stream(module, precision=None if precision == "float32" else precision, **how)
 
 

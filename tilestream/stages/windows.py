@@ -17,7 +17,6 @@ Which step of Listing 1 is which stage (pipelines/listing1.yaml):
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,20 +26,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from pydantic import Field
 
 from tilestream.cluster import Job
 from tilestream.engine import Source, Streamed, stream
 from tilestream.methods import Extremes, Normalised
 from tilestream.methods.windows import BINS, Window, highest_window, histogram, probability_map
-from tilestream.nets import SlidingWindow, fully_convolutional, load_model
+from tilestream.nets import SlidingWindow, fully_convolutional
 from tilestream.store import Store
 from tilestream.store.layout import encode_id
 
 from .base import Context, Stage, StageConfig, digest, replacing, write_json
 from .jobs import Load, run_jobs
-from .models import locate, read_model
+from .models import locate, read_model, read_once, steady
 from .preprocess import ensure_extremes
 from .runner import Journal
 from .saliency import quarantine_path
@@ -163,8 +161,7 @@ def _machine(context: Context, device: str) -> dict[str, Any]:
 
 def one(task: Task) -> tuple[np.ndarray, Window]:
     """One photograph's map of probabilities and its highest window, on a worker."""
-    if torch.get_num_threads() != task.threads:
-        torch.set_num_threads(task.threads)
+    steady(task.device, task.threads)
     streamed, average = _streamed(
         task.model, task.model_sha256, task.net, task.window_px, task.memory_bytes, task.device
     )
@@ -181,13 +178,8 @@ def one(task: Task) -> tuple[np.ndarray, Window]:
 def _streamed(
     path: str, sha256: str, net: str | None, window_px: int, memory_bytes: int, device: str
 ) -> tuple[Streamed, np.ndarray | None]:
-    """A surgered network, streamed, and its average image, once a process; the file must be the driver's."""
-    if hashlib.sha256(Path(path).read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"model file {path!r} changed while the run was going on; start the run again")
-    if device == "cuda":  # the same bits on every run
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    model = load_model(path, architecture=net)
+    """A surgered network, streamed, and its average image, once a process."""
+    model = read_once(path, sha256, net)
     average = model.preprocessing.get("average")
     streamed = stream(fully_convolutional(model.net.to(device), window_px), memory=memory_bytes)
     return streamed, None if average is None else np.asarray(average, np.float32)
