@@ -16,40 +16,41 @@ def context(tmp_path):
     return Context(tmp_path / "run")
 
 
-def cell(tables, title, row, column):
+def cell(tables, title, row, model, whose):
     table = next(t for t in tables if t["title"].startswith(title))
-    return next(r for r in table["rows"] if r[0].startswith(row))[table["columns"].index(column)]
+    found = next(r for r in table["rows"] if r[0].startswith(row) and model in r[1])
+    return found[table["columns"].index(whose)]
 
 
 def test_the_mislabelled_row_is_told_by_name():
     tables = comparison({"naive": NAIVE, "saliency": {**NAIVE, "by_grade": [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]}})
-    assert cell(tables, "Table 2", "unhealthy found", "saliency, paper") == 0.416
-    assert cell(tables, "Table 2", "healthy found", "saliency, paper") == 0.939
-    assert cell(tables, "Table 2", "'unhealthy' right", "saliency, paper") == 0.828
-    assert cell(tables, "Table 2", "'healthy' right", "saliency, paper") == 0.695
-    assert cell(tables, "Table 2", "unhealthy found", "naive, here") == "0.500 (0.400–0.600)"
-    assert cell(tables, "Table 2", "healthy found", "naive, here") == "0.250"
-    assert cell(tables, "Table 3", "area", "naive, here") == "0.600"
-    assert cell(tables, "Table 2", "unhealthy found", "sliding window, here") is None
-    assert cell(tables, "Table 4", "'unhealthy', here", "grade 4") == 10
+    assert cell(tables, "Table 2", "unhealthy found", "saliency", "paper") == 0.416
+    assert cell(tables, "Table 2", "healthy found", "saliency", "paper") == 0.939
+    assert cell(tables, "Table 2", "'unhealthy' right", "saliency", "paper") == 0.828
+    assert cell(tables, "Table 2", "'healthy' right", "saliency", "paper") == 0.695
+    assert cell(tables, "Table 2", "unhealthy found", "naive", "here") == "0.500 (0.400–0.600)"
+    assert cell(tables, "Table 2", "healthy found", "naive", "here") == "0.250"
+    assert cell(tables, "Table 3", "area", "naive", "here") == "0.600"
+    assert cell(tables, "Table 2", "unhealthy found", "sliding window", "here") is None
+    assert tables[2]["rows"][3] == ["'unhealthy', here", 6, 7, 8, 9, 10]
     assert "743 of 1069" in tables[0]["note"]
     assert sum(map(sum, COUNTS)) == 1349
 
 
 def test_costs_grow_with_the_photographs(context, monkeypatch):
     monkeypatch.setattr(Context, "store", property(lambda self: type("S", (), {"info": lambda s: {"images": 100}})()))
-    context.run.mkdir()
+    (context.run / "journal").mkdir(parents=True)
+    (context.run / "journal" / "check.json").write_text(json.dumps({"stage": "faithfulness"}))
     times = {
         "saliency": {"wall_s": 36.0, "peak_bytes": 2**21, "resumed": True},
         "crops": {"wall_s": 72.0, "peak_bytes": 0},
+        "check": {"wall_s": 360.0, "peak_bytes": 0},
     }
     (context.run / "timings.json").write_text(json.dumps(times))
     (table,) = costs(context, 1000)
-    assert table["rows"] == [
-        ["saliency", 36.0, 2.0, 0.1],
-        ["crops", 72.0, 0.0, 0.2],
-        ["all", 108.0, 2.0, pytest.approx(0.3)],
-    ]
+    hours = {row[0]: row[3] for row in table["rows"]}
+    assert hours == pytest.approx({"saliency": 0.1, "crops": 0.2, "check": 0.1, "all": 0.4})
+    assert table["rows"][0] == ["saliency", 36.0, 2.0, pytest.approx(0.1)]
     assert "saliency" in table["note"].partition("resumed")[2]
 
 

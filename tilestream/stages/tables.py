@@ -49,36 +49,37 @@ def run(config: TablesConfig, context: Context) -> None:
 
 def comparison(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Tables 2 to 4 from the objects of metrics.json; None where a model was not run."""
-    ours = [metrics.get(name) or {} for name in MODELS]
-    columns = ["", *(f"{name.replace('_', ' ')}, {whose}" for name in MODELS for whose in ("paper", "here"))]
+    columns = ["", "model", "paper", "here"]
 
-    def row(label: str, paper: Sequence[float | None], name: str) -> list[Any]:
-        return [label, *(cell for p, o in zip(paper, ours, strict=True) for cell in (p, interval(o, name)))]
+    def rows(label: str, paper: Sequence[float | None], name: str) -> list[list[Any]]:
+        return [
+            [label, model.replace("_", " "), printed, interval(metrics.get(model) or {}, name)]
+            for model, printed in zip(MODELS, paper, strict=True)
+        ]
 
     (healthy, unhealthy), grades = COUNTS, range(2, 5)
     found = sum(unhealthy[g] for g in grades) / sum(healthy[g] + unhealthy[g] for g in grades)
     left = sum(healthy[:2]) / sum(healthy[:2] + unhealthy[:2])
-    nothing = (None,) * len(MODELS)
     second = [
-        row("healthy found (specificity)", (*PRINTED["healthy"][:2], round(left, 3)), "specificity"),
-        row("unhealthy found (sensitivity)", (*PRINTED["unhealthy"][:2], round(found, 3)), "sensitivity"),
-        row("'healthy' right (npv)", (*nothing[:2], PRINTED["healthy"][2]), "npv"),
-        row("'unhealthy' right (ppv)", (*nothing[:2], PRINTED["unhealthy"][2]), "ppv"),
+        *rows("healthy found (specificity)", (*PRINTED["healthy"][:2], round(left, 3)), "specificity"),
+        *rows("unhealthy found (sensitivity)", (*PRINTED["unhealthy"][:2], round(found, 3)), "sensitivity"),
+        *rows("'healthy' right (npv)", (None, None, PRINTED["healthy"][2]), "npv"),
+        *rows("'unhealthy' right (ppv)", (None, None, PRINTED["unhealthy"][2]), "ppv"),
     ]
-    third = [row("area under the ROC curve", AUC, "auc")]
+    third = rows("area under the ROC curve", AUC, "auc")
     tables = [
         {"title": "Table 2: per-class accuracy", "columns": columns, "rows": second, "note": MISLABELLED},
         {"title": "Table 3: area under the ROC curve", "columns": columns, "rows": third, "note": ""},
     ]
     here = (metrics.get("saliency") or {}).get("by_grade")
     if here:
-        rows = [
-            [f"{word}, {whose}", *counts]
+        counts = [
+            [f"{word}, {whose}", *row]
             for whose, both in (("paper", COUNTS), ("here", here))
-            for word, counts in zip(("'healthy'", "'unhealthy'"), both, strict=True)
+            for word, row in zip(("'healthy'", "'unhealthy'"), both, strict=True)
         ]
         title = "Table 4: decisions of the saliency model by grade"
-        tables.append({"title": title, "columns": ["", *(f"grade {g}" for g in range(5))], "rows": rows, "note": ""})
+        tables.append({"title": title, "columns": ["", *(f"grade {g}" for g in range(5))], "rows": counts, "note": ""})
     return tables
 
 
@@ -87,19 +88,20 @@ def costs(context: Context, photographs: int) -> list[dict[str, Any]]:
     path = context.run / "timings.json"
     if not path.exists():
         return []
-    count = int(context.store.info()["images"])
+    count, journal = int(context.store.info()["images"]), context.run / "journal"
     times = {name: t for name, t in json.loads(path.read_text()).items() if name not in (context.name, "report")}
-    records = {p.stem: p.stat().st_mtime for p in (context.run / "journal").glob("*.json")}
-    times = dict(sorted(times.items(), key=lambda item: records.get(item[0], 0.0)))  # in the order of the run
+    files = {name: journal / f"{name}.json" for name in times if (journal / f"{name}.json").exists()}
+    times = dict(sorted(times.items(), key=lambda item: files[item[0]].stat().st_mtime if item[0] in files else 0.0))
+    fixed = {name for name, file in files.items() if json.loads(file.read_text())["stage"] == "faithfulness"}
     rows: list[list[Any]] = [
-        [name, t["wall_s"], t["peak_bytes"] / 2**20, round(t["wall_s"] / count * photographs / 3600, 2)]
+        [name, t["wall_s"], t["peak_bytes"] / 2**20, t["wall_s"] * (1 if name in fixed else photographs / count) / 3600]
         for name, t in times.items()
     ]
     rows.append(["all", sum(row[1] for row in rows), max(row[2] for row in rows), sum(row[3] for row in rows)])
     resumed = [name for name, t in times.items() if t.get("resumed")]
     note = (
-        f"Seconds of this run ({count} photographs) times {photographs:,} / {count}, on the same machine and settings; "
-        f"the paper's whole pipeline took about {HOURS} hours on one K40."
+        f"Seconds of this run ({count} photographs) times {photographs:,} / {count}, on the same machine and settings "
+        f"(faithfulness looks at a fixed number); the paper's whole pipeline took about {HOURS} hours on one K40."
     )
     note += f" Only the last part is counted of stages that were resumed: {', '.join(resumed)}." if resumed else ""
     columns = ["stage", "here, s", "largest process, MiB", f"{photographs:,} photographs, h"]
