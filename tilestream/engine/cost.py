@@ -11,24 +11,28 @@ from tilestream.geometry import Extent, Region
 
 from .allocator import HEAP_BYTES
 from .operations import Convolution, MaxPool, ReLU
-from .segment import Segment
+from .segment import Segment, winners
 from .tile import keeps
 from .trace import Network, Node
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does a second: convolution, and all else that happens to a value, by its bytes, in buffers that
-    are used again and in larger ones."""
+    """What a machine does a second: convolution; all else that happens to a value, by its bytes, in buffers that are
+    used again and in larger ones; a stored map and its gradient, written and read. And a step's bookkeeping, in s."""
 
     flops_per_s: float
     bytes_per_s: float
     mapped_bytes_per_s: float
+    stored_bytes_per_s: float
+    step_s: float
 
 
-INPUTS, WEIGHTS, STEP_S = Rates(5e11, 4.5e9, 2.9e9), Rates(2.9e11, 1e11, 4.3e9), 1.5e-4
-"""Two cores of Zen 5, fitted to 36 random plans of ResNet-18 each, with gradients of inputs or of weights: none is off
-by more than a fifth. `STEP_S` is one step's bookkeeping."""
+INPUTS, WEIGHTS = Rates(5e11, 4.5e9, 2.9e9, 3e8, 1.5e-4), Rates(2.9e11, 1e11, 4.3e9, 3e8, 1.5e-4)
+"""Two cores of Zen 5, maps in files, fitted to 36 random plans of ResNet-18 each, with gradients of inputs or of
+weights: none is off by more than a fifth."""
+GPU = Rates(3e13, 1e12, 1e12, 2e11, 5e-5)
+"""One H200, maps in its memory."""
 SLACK, FIXED_BYTES = 1.4, 32 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, holes between buffers. Measured."""
 KERNEL_BYTES, KERNELS, KERNEL_S = 104 * 2**10, 1024, 1.5e-3
@@ -64,7 +68,7 @@ class Costs:
     ) -> None:
         self.segment, self.network = segment, segment.network
         self.want_weights, self.taped, self.mean = want_weights, taped, mean
-        self.itemsize = self.network.map_dtype.itemsize
+        self.itemsize, self.on_cpu = self.network.map_dtype.itemsize, self.network.device.type == "cpu"
         self.channels = self.network.channels_of()
         self.lengths = cache(self._lengths)
 
@@ -101,7 +105,7 @@ class Costs:
         areas = {n: v * x.longest[n] for n, v in y.longest.items() if n in x.longest}
         nodes = [n for n in self.segment.nodes if n.name in areas]
         peak = self._backward_bytes(nodes, areas) if gather else self._forward_bytes(nodes, areas, way == "scatter")
-        rates = WEIGHTS if way == "scatter" and self.want_weights else INPUTS
+        rates = rates_of(self.network, way == "scatter" and self.want_weights)
         flops, seconds = 0, 0.0
         for node in nodes:
             pixels = y.total[node.name] * x.total[node.name]
@@ -113,8 +117,11 @@ class Costs:
             seconds += moved / (rates.bytes_per_s if biggest <= HEAP_BYTES else rates.mapped_bytes_per_s)
         tiles = y.tiles * x.tiles
         convolutions = sum(isinstance(n.operation, Convolution) for n in nodes)
-        kernels = min((2 if way == "scatter" else 1) * convolutions * y.kinds * x.kinds, KERNELS)
-        seconds += flops / rates.flops_per_s + STEP_S * tiles * len(nodes) + KERNEL_S * kernels
+        kernels = min((2 if way == "scatter" else 1) * convolutions * y.kinds * x.kinds, KERNELS) if self.on_cpu else 0
+        seconds += flops / rates.flops_per_s + rates.step_s * tiles * len(nodes) + KERNEL_S * kernels
+        if way == "scatter" and (places := winners(self.network)) is not None:  # tiles without a maximum are left out
+            share = min(1.0, places / tiles)
+            flops, seconds = math.ceil(flops * share), seconds * share
         weights = max([w.numel() * self.itemsize for n in nodes for w in n.operation.weights], default=0)
         sums = 0  # gradients of weights: of this segment's from one tile, of all from the tiles before
         for group in (nodes, self.network.nodes) if self.want_weights else ():
@@ -200,6 +207,11 @@ def sizes(extent: Extent, stride: tuple[int, int]) -> list[Extent]:
     full = axes[1][0]
     squarish = [(y, x) for y in axes[0] for x in axes[1] if y <= 2 * x and (x <= 2 * y or x == full)]
     return list(dict.fromkeys([*squarish, (axes[0][-1], axes[1][-1])]))
+
+
+def rates_of(network: Network, want_weights: bool = False) -> Rates:
+    """Those of the device that the network is on."""
+    return (WEIGHTS if want_weights else INPUTS) if network.device.type == "cpu" else GPU
 
 
 def whole_flops(network: Network, want_weights: bool) -> int:

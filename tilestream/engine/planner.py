@@ -11,15 +11,12 @@ from pydantic import ByteSize, TypeAdapter
 
 from tilestream.geometry import Extent, Plan, Region, SegmentPlan, Tile, TilePlan, tile_regions
 
-from .cost import KERNEL_BYTES, KERNELS, Cost, Costs, sizes, whole_flops
+from .cost import KERNEL_BYTES, KERNELS, Cost, Costs, rates_of, sizes, whole_flops
 from .operations import Pointwise
 from .passes import Sizes
-from .segment import Segment, before, segments
+from .segment import Segment, before, segments, winners
 from .tile import keeps, needed
 from .trace import Network
-
-STORED_BYTES_PER_S = 3e8
-"""A stored map and its gradient, written and read, in files; fitted as the costs of tiles are."""
 
 
 def parse_bytes(memory: int | str) -> int:
@@ -145,7 +142,7 @@ class Planner:
             if not fitting:
                 return None
             found.append(min(fitting, key=lambda o: o[0].tile_bytes if room is None else o[0].seconds))
-        if self.mode == "scatter" and self.backward:  # the same tiles both ways: one sweep may do both
+        if self.mode == "scatter" and self.backward and winners(self.network) is None:  # one sweep may do both ways
             found = [(costs.price(found[1][1], "forward"), found[1][1]), found[1]]
         return self._put(segment, found[0][1], found[-1][1], [c for c, _ in found])
 
@@ -167,7 +164,7 @@ class Planner:
                 if chosen is None:
                     continue
                 stored = sum(channels[n] * math.prod(self.network.extents[n]) * itemsize for n in segment.stored)
-                price = best[start][0] + chosen.seconds + stored / STORED_BYTES_PER_S
+                price = best[start][0] + chosen.seconds + stored / rates_of(self.network).stored_bytes_per_s
                 if stop not in best or price < best[stop][0]:
                     best[stop] = price, [*best[start][1], chosen]
         if edges[-1] not in best:

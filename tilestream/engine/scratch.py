@@ -1,4 +1,4 @@
-"""Maps of whole images that a pass keeps between sweeps: in memory while a budget lasts, in unnamed files beyond."""
+"""Maps of whole images that a pass keeps between sweeps: on the device while a budget lasts, in unnamed files beyond."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tilestream.geometry import Extent, Region
@@ -68,7 +69,7 @@ def holder(dtype: torch.dtype) -> torch.dtype:
 
 
 class Scratch:
-    """Hands out maps; `memory` bytes of them stay in memory, the others are made by `allocate` (files by default)."""
+    """Hands out maps; `memory` bytes of them stay on their device, others are made by `allocate` (files by default)."""
 
     def __init__(self, memory: int, allocate: Allocate = FileArray) -> None:
         self.left, self.allocate = memory, allocate
@@ -79,7 +80,8 @@ class Scratch:
         size = int(np.prod(shape)) * kind.itemsize
         if size <= self.left:
             self.left -= size
-            return Stored(torch.zeros(shape, dtype=holder(dtype)).numpy(), dtype, device, lambda: self._give_back(size))
+            held = torch.zeros(shape, dtype=holder(dtype), device=device)
+            return Stored(held.numpy() if held.is_cpu else held, dtype, device, lambda: self._give_back(size))
         return Stored(self.allocate(shape, kind), dtype, device, lambda: None)
 
     def _give_back(self, size: int) -> None:
@@ -99,12 +101,16 @@ class Stored:
 
     def read(self, region: Region) -> Tensor:
         """(1, C, h, w), channels-last, a copy."""
-        block = np.asarray(self.array[region.y0 : region.y1, region.x0 : region.x1])
+        block = self.array[region.y0 : region.y1, region.x0 : region.x1]
+        if isinstance(block, Tensor):
+            return block.clone().view(self.dtype).permute(2, 0, 1)[None]
+        block = np.asarray(block)
         block = block if block.flags.owndata else block.copy()
         return torch.from_numpy(block).view(self.dtype).to(self.device).permute(2, 0, 1)[None]
 
     def write(self, region: Region, values: Tensor) -> None:
-        block = values[0].permute(1, 2, 0).cpu().view(holder(self.dtype)).numpy()
+        block: Any = values[0].permute(1, 2, 0).view(holder(self.dtype))
+        block = block if isinstance(self.array, Tensor) else block.cpu().numpy()
         self.array[region.y0 : region.y1, region.x0 : region.x1] = block
 
     def add(self, region: Region, values: Tensor) -> None:
@@ -122,15 +128,36 @@ class Bits:
         self.stored.free()
 
     def write(self, region: Region, values: Tensor) -> None:
-        block = values[0].permute(1, 2, 0).contiguous().cpu().numpy()
-        # without an axis the same bits, several times as fast
-        packed = np.packbits(block, axis=-1) if self.channels % 8 else np.packbits(block).reshape(*block.shape[:2], -1)
-        self.stored.array[region.y0 : region.y1, region.x0 : region.x1] = packed
+        block, array = values[0].permute(1, 2, 0).contiguous(), self.stored.array
+        array[region.y0 : region.y1, region.x0 : region.x1] = (_packed if isinstance(array, Tensor) else _packbits)(
+            block
+        )
 
     def read(self, region: Region) -> Tensor:
-        packed = np.asarray(self.stored.array[region.y0 : region.y1, region.x0 : region.x1])
+        packed = self.stored.array[region.y0 : region.y1, region.x0 : region.x1]
+        if isinstance(packed, Tensor):
+            bits = (packed[..., None] & _powers(packed)).ne(0).flatten(2)[..., : self.channels]
+            return bits.permute(2, 0, 1)[None]
+        packed = np.asarray(packed)
         if self.channels % 8:
-            bits = np.unpackbits(packed, axis=-1, count=self.channels).view(bool)
+            unpacked = np.unpackbits(packed, axis=-1, count=self.channels).view(bool)
         else:
-            bits = np.unpackbits(np.ascontiguousarray(packed)).view(bool).reshape(*packed.shape[:2], -1)
-        return torch.from_numpy(bits).to(self.stored.device).permute(2, 0, 1)[None]
+            unpacked = np.unpackbits(np.ascontiguousarray(packed)).view(bool).reshape(*packed.shape[:2], -1)
+        return torch.from_numpy(unpacked).to(self.stored.device).permute(2, 0, 1)[None]
+
+
+def _packbits(block: Tensor) -> Array:
+    """(h, w, C) booleans as (h, w, C / 8 rounded up) bytes in numpy."""
+    bits = block.cpu().numpy()
+    # without an axis the same bits, several times as fast
+    return np.packbits(bits, axis=-1) if bits.shape[-1] % 8 else np.packbits(bits).reshape(*bits.shape[:2], -1)
+
+
+def _packed(block: Tensor) -> Tensor:
+    """The same on a device, with its own order of bits."""
+    bits = F.pad(block.to(torch.uint8), (0, -block.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (bits * _powers(bits)).sum(-1, dtype=torch.uint8)
+
+
+def _powers(like: Tensor) -> Tensor:
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=like.device)

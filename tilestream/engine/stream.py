@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import threading
 import zlib
 from collections import deque
@@ -61,6 +62,8 @@ class Streamed(nn.Module):
         super().__init__()
         self.net, self.tile, self.scratch, self.precision = net, tile, scratch, precision
         self.training = False
+        self.gone_back: tuple[int, int] | None = None
+        """Of the last `backward`: tiles gone back over, and all. Under max pooling those without a winner are left out."""
         self.memory = parse_bytes(DEFAULT_MEMORY if memory is None else memory)
         self._stamp: Any = None
         self._plans: dict[Any, Plan] = {}
@@ -282,6 +285,7 @@ class Streamed(nn.Module):
                     work.back(upstream, sink)
                     total.add(work)
                     work.close()
+            self.gone_back = sum(work.gone_back for work in works), sum(work.back_tiles() for work in works)
             # all at once: a call that is cancelled leaves nothing behind, and hooks see the sum
             parameters: list[Tensor] = [p for p in self.net.parameters() if p.requires_grad]
             others = [p for p in _leaves(loss) if p is not leaf and not any(p is q for q in parameters)]
@@ -324,7 +328,7 @@ class Streamed(nn.Module):
     ) -> Pass:  # fmt: skip
         tick = tick or _Ticker(progress, plan)
         scratch = Scratch(plan.scratch_bytes, self.scratch) if scratch is None else scratch
-        limit = resident_bytes() + int(0.7 * plan.peak_bytes)  # a step adds to it
+        limit = resident_bytes() + int(0.7 * plan.peak_bytes) if network.device.type == "cpu" else sys.maxsize
         return Pass(network, cut(network, plan.segments), source, scratch, tape=tape, tick=tick, limit_bytes=limit)
 
     @as_it_stands
