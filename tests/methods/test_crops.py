@@ -18,6 +18,7 @@ from tilestream.methods import (
     random_centre,
     unhealthy,
 )
+from tilestream.methods.localisation import allowed_centres
 
 SIDES = st.integers(1, 50)
 
@@ -136,12 +137,15 @@ def test_a_border_that_leaves_nothing_is_an_error():
         random_centre((1, 9), 0.1, 0, "a")
 
 
-def test_random_centres_obey_the_circle_rule_and_reach_all_of_it():
-    extent, field = (30, 40), FieldOfView(y_px=14.5, x_px=19, radius_px=17, first_row_px=3, last_row_px=26)
+@pytest.mark.parametrize("rule", ["frame", "circle"])
+def test_random_centres_lie_where_chance_has_them_and_reach_all_of_it(rule):
+    """Not in the black beyond the eye: the frame rule's box reaches there, and black would tell healthy crops."""
+    extent, field = (30, 40), FieldOfView(y_px=14.5, x_px=19, radius_px=13, first_row_px=3, last_row_px=26)
     counts = np.zeros(extent, int)
     for number in range(6000):
-        counts[random_centre(extent, 0.1, 3, f"{number}_left", field)] += 1
-    inside = Border(extent, 0.1, field).mask(Region.whole(extent))
+        counts[random_centre(extent, 0.1, 3, f"{number}_left", field, rule)] += 1
+    inside = allowed_centres(extent, 0.1, field, rule)
+    assert Border(extent, 0.1).mask(Region.whole(extent))[~inside].any()
     assert (counts[~inside] == 0).all()
     held = counts[inside]
     mean = 6000 / held.size
@@ -151,7 +155,7 @@ def test_random_centres_obey_the_circle_rule_and_reach_all_of_it():
 def test_a_circle_that_leaves_next_to_nothing_is_an_error():
     sliver = FieldOfView(y_px=-706.5, x_px=-706.5, radius_px=1250, first_row_px=-2000, last_row_px=2000)
     with pytest.raises(ValueError, match=r"border=0\.1 leaves next to no pixel of id='a'"):
-        random_centre((4000, 4000), 0.1, 0, "a", sliver)
+        random_centre((4000, 4000), 0.1, 0, "a", sliver, "circle")
 
 
 def test_unhealthy_from_grade_2():

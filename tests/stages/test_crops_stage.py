@@ -8,8 +8,8 @@ import pytest
 import zarr
 from rich.console import Console
 
-from tilestream.geometry import Region
-from tilestream.methods import Border, crop_region, cut, random_centre
+from tilestream.methods import crop_region, cut, random_centre
+from tilestream.methods.localisation import allowed_centres
 from tilestream.stages import STAGES, ClusterConfig, Context, crops, execute
 from tilestream.stages.saliency_config import field_of_view
 
@@ -76,11 +76,11 @@ def test_random_centres_of_training_crops_obey_the_rule(run_of, made, tmp_path, 
     assert len(healthy) == 2 * healthy["id"].nunique()
     assert not healthy.duplicated(["id", "y0_px", "x0_px"]).any()
     for row in healthy.itertuples():
-        field = field_of_view(made.store, row.id) if rule == "circle" else None
+        field = field_of_view(made.store, row.id)
         name = f"{row.id}:{row.rank}" if row.rank else row.id
-        centre = random_centre((301, 397), 0.2, 3, name, field)
+        centre = random_centre((301, 397), 0.2, 3, name, field, rule)
         assert (row.y0_px + 8, row.x0_px + 8) == centre
-        assert Border((301, 397), 0.2, field).mask(Region(0, 301, 0, 397))[centre]
+        assert allowed_centres((301, 397), 0.2, field, rule)[centre]
 
 
 def test_photographs_without_a_field_of_view_are_counted(run_of, monkeypatch):

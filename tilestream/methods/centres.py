@@ -102,6 +102,19 @@ class Border:
         return (np.abs(ys) < self._reach_px) & (first < ys) & (ys < last), np.abs(xs) < self._reach_px
 
 
+def random_rules(
+    extent: Extent, kappa: float, field: FieldOfView | None = None, rule: Literal["frame", "circle"] = "frame"
+) -> list[Border]:
+    """What a centre drawn at random obeys: the rule (the frame's without a field of view), and always the eye.
+
+    On a frame of 3:2 the frame rule leaves a fifth of its box to the black around the field of view, where no method
+    looks for lesions: as chance it would be too easy, as a healthy crop it would give the class away.
+    """
+    if field is not None and rule == "circle":
+        return [Border(extent, kappa, field)]
+    return [Border(extent, kappa), *([] if field is None else [Border(extent, 0, field)])]
+
+
 @dataclass(frozen=True)
 class Search:
     """How centres are looked for. Distances are px of the photograph."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from tilestream.geometry import Extent, Region
 
-from .centres import Border, FieldOfView
+from .centres import FieldOfView, random_rules
 from .preprocessing import Extremes, Floats, Normalised, Pixels
 
 UNHEALTHY_FROM = 2
@@ -54,19 +54,24 @@ def normalise_crop(
 
 
 def random_centre(
-    extent: Extent, border: float, seed: int, id: str, field: FieldOfView | None = None
+    extent: Extent,
+    border: float,
+    seed: int,
+    id: str,
+    field: FieldOfView | None = None,
+    rule: Literal["frame", "circle"] = "frame",
 ) -> tuple[int, int]:
-    """A centre drawn evenly inside the border rule (else the rim would tell healthy crops), by seed and id alone.
+    """A centre drawn evenly where the rule and the field of view let it be (`random_rules`), by seed and id alone.
 
-    With a field of view the rule is the circle's; ValueError where hardly a point of its box is inside.
+    Elsewhere the rim, or black, would tell healthy crops. ValueError where hardly a point of the rule's box is inside.
     """
-    rule = Border(extent, border, field)
-    inside = rule.box
+    rules = random_rules(extent, border, field, rule)
+    inside = rules[0].box
     digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     for _ in range(1000):
         y, x = int(rng.integers(inside.y0, inside.y1)), int(rng.integers(inside.x0, inside.x1))
-        if rule.mask(Region(y, y + 1, x, x + 1)).all():
+        if all(each.mask(Region(y, y + 1, x, x + 1)).all() for each in rules):
             return y, x
     raise ValueError(f"border={border} leaves next to no pixel of id={id!r}, whose field of view is {field}")
 

@@ -138,15 +138,15 @@ def _centres(config: CropsConfig, context: Context) -> pd.DataFrame:
 
 
 def _random(config: CropsConfig, context: Context, healthy: pd.DataFrame) -> pd.DataFrame:
-    """Random centres inside the border rule, as many a photograph; one without a field of view has the frame's."""
+    """Random centres by the border rule and on the eye, as many a photograph; without a field of view by the frame."""
     rows, framed, store = [], [], context.store
     for row in healthy.itertuples():
-        field = field_of_view(store, row.id) if config.border_rule == "circle" else None
+        field = field_of_view(store, row.id)
         if config.border_rule == "circle" and field is None:
             framed.append(row.id)
         for rank in range(config.per_image):
             name = f"{row.id}:{rank}" if rank else row.id
-            y, x = random_centre((row.height, row.width), config.border, config.seed, name, field)
+            y, x = random_centre((row.height, row.width), config.border, config.seed, name, field, config.border_rule)
             rows.append((row.id, rank, y, x))
     if framed:
         context.say(
