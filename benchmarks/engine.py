@@ -7,7 +7,9 @@ cross-entropy: `backward`). Beside ours: plain autograd, channels-last with batc
 by stage (weights). A budget like "bf16 400MiB" is that of maps in bfloat16; `error` is its distance to the float32
 saliency by its norm, as it is for autocast. Memory is what the call adds to the process's resident memory; the floor is
 the machine's measured convolution rate, and useful FLOPs are those of the un-tiled pass. Variants that do not fit the
-machine are left out by name, with --skip plain. The peer, lightstream (weights), runs in an environment of its own:
+machine are left out by name, with --skip plain. With `--device cuda` all run in one process, warm, memory is what
+PyTorch allocates there, and torch.compile stands beside; TF32 is off. The peer, lightstream (weights), runs in an
+environment of its own:
 `peer.py` says how.
 """
 
@@ -33,6 +35,11 @@ OTHERS = {
     "guided": ["plain"],
     "weights": ["plain", "channels-last", "checkpoint"],
 }
+ON_GPU = {
+    "saliency": [*OTHERS["saliency"], "channels-last folded compiled", "channels-last folded compiled bf16"],
+    "guided": OTHERS["guided"],
+    "weights": [*OTHERS["weights"], "channels-last bf16"],
+}
 PEER, BF16 = "lightstream ", "bf16 "
 
 
@@ -47,6 +54,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--lightstream", default="", metavar="PYTHON:TILE[,TILE...]", help="the peer, tiles in px")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -57,14 +65,19 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     python, _, tiles = options.lightstream.rpartition(":")
     if options.lightstream and not (python and options.task == "weights"):
         parser.error(f"--lightstream={options.lightstream} must be PYTHON:TILE[,TILE...], with --task weights")
-    others = [v for v in OTHERS[options.task] if v not in options.skip.split(",")]
+    known = ON_GPU if options.device == "cuda" else OTHERS
+    others = [v for v in known[options.task] if v not in options.skip.split(",")]
     others += [f"{PEER}{tile}" for tile in tiles.split(",") if tile]
     runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in [*others, *options.budgets.split(",")]}
     for _ in range(options.repeats):
         for variant, results in runs.items():
-            results.append(_child(variant, options))
+            if options.device == "cuda":
+                results.append(measure(variant, options.task, options.net, (height, width), options.threads, "cuda"))
+            else:
+                results.append(_child(variant, options))
     rows = [{"variant": variant, **_medians(results)} for variant, results in runs.items()]
-    caption = f"{options.task}, {options.net}, {options.size}, float32, {options.threads} threads, "
+    where = "one GPU" if options.device == "cuda" else f"{options.threads} threads"
+    caption = f"{options.task}, {options.net}, {options.size}, float32, {where}, "
     _print(rows, f"{caption}median of {options.repeats}")
     if options.out:
         options.out.write_text(
@@ -84,6 +97,7 @@ def machine() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 
@@ -99,19 +113,24 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: int) -> dict[str, float]:
+def measure(
+    variant: str, task: str, name: str, size: tuple[int, int], threads: int, device: str = "cpu"
+) -> dict[str, float]:
     """One variant in this process: seconds, bytes above the bare process, predicted bytes, overhead, useful GFLOP/s."""
     import numpy as np
     import torch
 
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    net, weights = ts.nets.build(name), task == "weights"
+    net, weights = ts.nets.build(name).to(device), task == "weights"
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.cuda.empty_cache()
     flops = useful_flops(net, size, weights)
     image = np.random.default_rng(0).random((3, *size), np.float32)
     streamed, plan = None, None
-    if variant in OTHERS[task]:
-        call = other(variant, task, net)
+    if variant in ON_GPU[task]:
+        call = other(variant, task, net, device)
     else:
         short = "bf16" if variant.startswith(BF16) else None
         text = variant.removeprefix(BF16)
@@ -120,14 +139,15 @@ def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: 
         method = "guided" if task == "guided" else "gradient"
         plan = streamed.plan(image.shape, weights=weights, method=method)
         call = (lambda a: streamed.backward(a, loss)) if weights else lambda a: streamed.saliency(a, method=method)
-    call(np.ascontiguousarray(image[:, :256, :256]))  # libraries load before the clock starts
+    # libraries load before the clock starts; on a GPU kernels are chosen and compiled, too
+    call(image if device == "cuda" else np.ascontiguousarray(image[:, :256, :256]))
     net.zero_grad()
     results: list[Any] = []
-    seconds, bytes_ = watched(lambda: results.append(call(image)))
+    seconds, bytes_ = watched(lambda: results.append(call(image)), device)
     error = 0.0
     if "bf16" in variant and task == "saliency":
         want = ts.stream(net, memory="2 GiB").saliency(image).numpy()
-        got = results[0].numpy() if streamed else results[0][0].mean(0).numpy()
+        got = results[0].numpy() if streamed else results[0][0].mean(0).cpu().numpy()
         error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
     return {
         "seconds": seconds,
@@ -135,13 +155,22 @@ def measure(variant: str, task: str, name: str, size: tuple[int, int], threads: 
         "predicted_bytes": plan.peak_bytes if plan else 0,
         "overhead": plan.overhead if plan else 1.0,
         "useful_gflops": flops / seconds / 1e9,
-        "convolution_gflops": convolution_rate(),
+        "convolution_gflops": convolution_rate(device),
         "error": error,
     }
 
 
-def watched(call: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds that `call` takes, and the bytes that it adds to the process's resident memory at most."""
+def watched(call: Callable[[], Any], device: str = "cpu") -> tuple[float, int]:
+    """Seconds that `call` takes, and the bytes that it adds at most: to the process's resident memory, or on a GPU."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held, started = torch.cuda.memory_allocated(), time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started, torch.cuda.max_memory_allocated() - held
     import psutil
 
     process, peak, done = psutil.Process(), [0], threading.Event()
@@ -167,10 +196,10 @@ def loss(logits: Any) -> Any:
     """Cross-entropy for class 1."""
     import torch
 
-    return torch.nn.functional.cross_entropy(logits, torch.ones(len(logits), dtype=torch.int64))
+    return torch.nn.functional.cross_entropy(logits, torch.ones(len(logits), dtype=torch.int64, device=logits.device))
 
 
-def other(variant: str, task: str, net: Any) -> Callable[[Any], Any]:
+def other(variant: str, task: str, net: Any, device: str = "cpu") -> Callable[[Any], Any]:
     """Plain PyTorch, in the way that `variant` names."""
     import torch
     from torch.fx.experimental.optimization import fuse
@@ -188,10 +217,12 @@ def other(variant: str, task: str, net: Any) -> Callable[[Any], Any]:
         forward = lambda x: checkpoint_sequential(stages, len(stages), x, use_reentrant=False)  # noqa: E731
     if task == "guided":
         net.apply(_guide)
+    if "compiled" in variant:
+        forward = torch.compile(net)
 
     def call(array: Any) -> Any:
-        x = torch.from_numpy(array)[None].contiguous(memory_format=layout).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in variant):
+        x = torch.from_numpy(array)[None].to(device).contiguous(memory_format=layout).requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled="bf16" in variant):
             logits = forward(x)
         (loss(logits) if task == "weights" else logits[0, 1]).backward()
         return x.grad
@@ -227,17 +258,21 @@ def useful_flops(net: Any, size: tuple[int, int], weights: bool) -> int:
     return whole_flops(trace(net).bind(size), weights)
 
 
-def convolution_rate() -> float:
+def convolution_rate(device: str = "cpu") -> float:
     """GFLOP/s of a 3 x 3 convolution, 64 to 64 channels, channels-last: what this machine does at best."""
     import torch
 
-    x = torch.randn(1, 64, 128, 128).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    side = 2048 if device == "cuda" else 128
+    x = torch.randn(1, 64, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     torch.nn.functional.conv2d(x, weight, padding=1)
+    wait()
     started = time.perf_counter()
     for _ in range(40):
         torch.nn.functional.conv2d(x, weight, padding=1)
-    return 40 * 2 * 64 * 64 * 9 * 128 * 128 / (time.perf_counter() - started) / 1e9
+    wait()
+    return 40 * 2 * 64 * 64 * 9 * side**2 / (time.perf_counter() - started) / 1e9
 
 
 def _child(variant: str, options: argparse.Namespace) -> dict[str, float]:

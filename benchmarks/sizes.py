@@ -12,8 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +49,15 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--memory", default="300MiB")
     parser.add_argument("--sizes", default="2048,4096,8192")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        print(json.dumps(measure(options.net, options.one, options.memory, options.threads)))
+        print(json.dumps(measure(options.net, options.one, options.memory, options.threads, options.device)))
         return []
     words = ["--net", options.net, "--memory", options.memory, "--threads", str(options.threads)]
+    words += ["--device", options.device]
     rows: list[dict[str, Any]] = []
     print(f"{'px':>8}{'seconds':>10}{'ns/px':>8}{'MiB':>8}{'predicted':>11}{'stored':>10}")
     for size in options.sizes.split(","):
@@ -76,34 +76,21 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(net: str, size: int, memory: str, threads: int) -> dict[str, float]:
-    """One size in this process: seconds, bytes above the bare process, and what the plan said."""
-    import psutil
+def measure(net: str, size: int, memory: str, threads: int, device: str = "cpu") -> dict[str, float]:
+    """One size in this process: seconds, bytes above the bare process (or on the GPU), and what the plan said."""
     import torch
+    from engine import watched
 
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    streamed = ts.stream(ts.nets.build(net), memory=memory)
+    streamed = ts.stream(ts.nets.build(net).to(device), memory=memory)
     plan = streamed.plan((3, size, size), out=True)
     streamed.saliency(Pattern(256), out=Nowhere((256, 256)))  # libraries load before the clock starts
-    process, peak, done = psutil.Process(), [0], threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    streamed.saliency(Pattern(size), out=Nowhere((size, size)))
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
+    seconds, added = watched(lambda: streamed.saliency(Pattern(size), out=Nowhere((size, size))), device)
     return {
         "size": size,
         "seconds": seconds,
-        "bytes": peak[0] - before,
+        "bytes": added,
         "predicted_bytes": plan.peak_bytes,
         "stored_bytes": plan.stored_bytes,
     }
