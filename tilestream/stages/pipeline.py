@@ -13,6 +13,7 @@ import yaml
 
 from . import (
     crops,
+    descriptors,
     evaluate,
     faithfulness,
     ingest,
@@ -31,8 +32,8 @@ from .base import Context, Stage, StageConfig, nearest, parse
 from .runner import execute
 
 _IN_ORDER = (
-    synth, ingest, split, preprocess, train, saliency, crops, windows, predict, evaluate, localise, faithfulness,
-    tables, report,
+    synth, ingest, split, preprocess, train, saliency, crops, windows, predict, descriptors, evaluate, localise,
+    faithfulness, tables, report,
 )  # fmt: skip
 STAGES: dict[str, Stage] = {s.STAGE.verb: s.STAGE for s in _IN_ORDER}
 KEYS = ("description", "store", "models", "stages")
