@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import tilestream as ts
+from tilestream.methods import FieldOfView, eye_rules
 from tilestream.methods.windows import Padded, Window, highest_window, histogram, probability_map
 from tilestream.nets import ResidualNet
 from tilestream.nets.surgery import fully_convolutional
@@ -25,7 +26,7 @@ def test_each_probability_is_the_classifiers_on_its_window(net, size):
     whole = np.zeros((3, max(20, size[0]), max(20, size[1])))
     whole[:, : size[0], : size[1]] = image
     rows, columns = ((n - 20) // 5 + 1 for n in whole.shape[1:])
-    assert (found.shape, found.dtype) == ((rows, columns), np.float32)
+    assert (found.shape, found.dtype) == ((rows, columns), np.float64)
     for i in range(rows):
         for j in range(columns):
             window = torch.from_numpy(whole[None, :, 5 * i : 5 * i + 20, 5 * j : 5 * j + 20])
@@ -58,6 +59,17 @@ def test_the_highest_window_by_its_centre():
     assert windows.stride_px == 8
     values = np.float32([[0.1, 0.9, 0.9], [0.9, 0.2, 0.3]])
     assert highest_window(values, windows) == Window(32, 8 + 32, pytest.approx(0.9))
+
+
+def test_the_highest_window_is_one_that_the_rules_allow():
+    windows = fully_convolutional(ResidualNet(2, (2, 2)), 64)
+    values = np.full((5, 9), 0.1)
+    values[0, 0], values[2, 4], values[4, 8] = 0.9, 0.5, 0.7  # two of them in the black corners
+    extent, field = (96, 128), FieldOfView(48, 64, 30, 0, 95)
+    assert highest_window(values, windows).probability == 0.9
+    assert highest_window(values, windows, eye_rules(extent, 0.1, field)) == Window(48, 64, 0.5)
+    assert highest_window(values, windows, eye_rules(extent, 0.1)).probability == 0.9
+    assert highest_window(values[:1, :1], windows, eye_rules((20, 30), 0.4)) == Window(32, 32, 0.9)  # none is allowed
 
 
 def test_padding_is_read_in_windows():

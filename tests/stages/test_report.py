@@ -79,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         values[(position % 4, position % 6)] = 0.9
         np.save(root / "windows_maps" / f"{id}.npy", values)
         y_px, x_px = (position % n * STRIDE + WINDOW // 2 for n in (4, 6))
-        windows.append({"id": id, "probability": 0.9, "y_px": y_px, "x_px": x_px, "windows": 24})
+        windows.append({"id": id, "probability": 0.9, "y_px": y_px, "x_px": x_px, "windows": 24, "stride_px": STRIDE})
     pd.DataFrame(windows).to_parquet(root / "windows.parquet", index=False)
     table = {"position": range(8), "id": IDS, "y0_px": 75 - CROP // 2, "x0_px": 105 - CROP // 2}
     pd.DataFrame(table).to_parquet(root / "crops.parquet", index=False)
@@ -302,7 +302,7 @@ def test_the_border_drawn_is_the_saliency_stages(place):
 
 
 def test_windows_lie_where_they_were(place):
-    """a's highest window begins at the corner: b's tells the stride. c's lies over the middle of its window."""
+    """c's lies over the middle of its window."""
     run = Run(place, journal(place), 240)
     assert run.window == (WINDOW, STRIDE)
     data = np.frombuffer(shown(place, width_px=240)[0][1][0].pictures[-1].data, np.uint8)

@@ -19,7 +19,7 @@ from tilestream.cluster import Job, run
 from tilestream.engine import SaliencyPass, plan, trace
 from tilestream.geometry import GRANULARITIES, Region
 from tilestream.methods import Border, FieldOfView, Noise, Noisy, Normalised, Search, conclude, extremes, look
-from tilestream.nets import ResidualNet, load_model, save_model
+from tilestream.nets import ResidualNet, fully_convolutional, load_model, save_model
 from tilestream.stages import STAGES, ClusterConfig, Context, execute, saliency
 from tilestream.stages import saliency_tasks as tasks
 from tilestream.stages import saliency_whole as whole
@@ -303,6 +303,25 @@ def test_the_crops_model_over_whole_photographs_has_its_own_normalisation(stage,
     np.testing.assert_array_equal(values, expected)
 
 
+@pytest.mark.parametrize("window_px", [128, 320])
+def test_after_surgery_it_is_the_sum_over_all_windows(stage, few, window_px):
+    """Listing 1, lines 11-13; photographs of 301 px are filled up to a window of 320."""
+    run, said = stage("windows", window_px=window_px, write=True, candidates=2)
+    assert f"windows of {window_px} px take whole photographs" in said
+    centres, _ = tables(run)
+    assert centres["probability"].isna().all()
+    slides = fully_convolutional(net_of(few), window_px)
+    for row in centres.itertuples():
+        image = np.asarray(normalised(few, row.id)[:, 0:301, 0:397])
+        padded = torch.from_numpy(np.pad(image, [(0, 0), (0, max(0, window_px - 301)), (0, 0)]))[None].requires_grad_()
+        logits = slides(padded)
+        logits[0, 1].sum().backward()
+        expected, values = padded.grad[0].mean(0).numpy()[:301, :397], maps(run)[row.id]
+        assert np.linalg.norm(values - expected) < 1e-3 * np.linalg.norm(expected)
+        inside = np.where(Border((301, 397), 0.1).mask(Region(0, 301, 0, 397)), values, -np.inf)
+        assert (row.y_px, row.x_px) == np.unravel_index(inside.argmax(), inside.shape)
+
+
 class Gated(nn.Module):
     """A network that weighs channels by their means over the whole image, before its end."""
 
@@ -337,7 +356,7 @@ def test_networks_that_tiles_cannot_do_alone_go_by_stored_maps(few, monkeypatch,
     assert takes_whole(config, trace(net))
     assert not takes_whole(config, trace(net_of(few)))
     streamed = ts.stream(net, memory="64 MiB")
-    monkeypatch.setattr(whole, "_streamed", lambda task: streamed)
+    monkeypatch.setattr(whole, "streamed", lambda task: streamed)
     target = tmp_path / "map"
     zarr.create_array(target, shape=(301, 397), chunks=(1024, 1024), dtype="f4")
     found = whole.photograph(task_of(few, noise=noise, reduce=reduce, memory=1 << 26, write=str(target)))

@@ -1,6 +1,6 @@
 """The published methods' steps, values in and values out: preprocessing, crops, the decision threshold, measures."""
 
-from .centres import Border, FieldOfView, Search, Seen, conclude, look
+from .centres import Border, FieldOfView, Search, Seen, conclude, eye_rules, look
 from .crops import crop_region, cut, normalise_crop, random_centre, unhealthy
 from .decision import Threshold, fit_threshold, log_odds
 from .preprocessing import (
@@ -30,6 +30,7 @@ __all__ = [
     "crop_region",
     "cut",
     "extremes",
+    "eye_rules",
     "fit_threshold",
     "log_odds",
     "look",

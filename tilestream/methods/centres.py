@@ -102,13 +102,13 @@ class Border:
         return (np.abs(ys) < self._reach_px) & (first < ys) & (ys < last), np.abs(xs) < self._reach_px
 
 
-def random_rules(
+def eye_rules(
     extent: Extent, kappa: float, field: FieldOfView | None = None, rule: Literal["frame", "circle"] = "frame"
 ) -> list[Border]:
-    """What a centre drawn at random obeys: the rule (the frame's without a field of view), and always the eye.
+    """What a place on the eye obeys: the rule (the frame's without a field of view), and the field of view.
 
-    On a frame of 3:2 the frame rule leaves a fifth of its box to the black around the field of view, where no method
-    looks for lesions: as chance it would be too easy, as a healthy crop it would give the class away.
+    On a frame of 3:2 a fifth of what the frame rule leaves is the black around the field of view. A centre drawn there
+    would make chance look worse than it is, and as a healthy crop would give the class away.
     """
     if field is not None and rule == "circle":
         return [Border(extent, kappa, field)]

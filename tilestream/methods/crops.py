@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from tilestream.geometry import Extent, Region
 
-from .centres import FieldOfView, random_rules
+from .centres import FieldOfView, eye_rules
 from .preprocessing import Extremes, Floats, Normalised, Pixels
 
 UNHEALTHY_FROM = 2
@@ -61,11 +61,11 @@ def random_centre(
     field: FieldOfView | None = None,
     rule: Literal["frame", "circle"] = "frame",
 ) -> tuple[int, int]:
-    """A centre drawn evenly where the rule and the field of view let it be (`random_rules`), by seed and id alone.
+    """A centre drawn evenly where the rule and the field of view let it be (`eye_rules`), by seed and id alone.
 
     Elsewhere the rim, or black, would tell healthy crops. ValueError where hardly a point of the rule's box is inside.
     """
-    rules = random_rules(extent, border, field, rule)
+    rules = eye_rules(extent, border, field, rule)
     inside = rules[0].box
     digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))

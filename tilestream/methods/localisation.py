@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tilestream.geometry import Extent, Region
 
 from .bootstrap import Floats, divided, interval, percentiles, ratio, resampled
-from .centres import FieldOfView, random_rules
+from .centres import FieldOfView, eye_rules
 from .crops import crop_region
 from .metrics import wilson
 
@@ -114,7 +114,7 @@ def allowed_centres(
     Those that the rule with kappa = `border` leaves (see `Border`; without a field of view it is the frame's), inside
     the field of view where it is known. ValueError where none is left.
     """
-    masks = [each.mask(Region.whole(extent)) for each in random_rules(extent, border, field, rule)]
+    masks = [each.mask(Region.whole(extent)) for each in eye_rules(extent, border, field, rule)]
     allowed: Mask = np.logical_and.reduce(masks)
     if not allowed.any():
         raise ValueError(f"border={border} leaves no pixel of the field of view {field}; use a smaller one")

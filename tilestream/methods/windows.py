@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 
 from tilestream.engine import Source, Streamed
+from tilestream.geometry import Region
 from tilestream.nets import SlidingWindow
+
+from .centres import Border
 
 BINS = 20
 
@@ -25,8 +29,8 @@ class Window:
     probability: float
 
 
-def probability_map(streamed: Streamed, image: Source, target: int = 1) -> npt.NDArray[np.float32]:
-    """Probability of class `target` in each window of a photograph, (h, w) float32.
+def probability_map(streamed: Streamed, image: Source, target: int = 1) -> npt.NDArray[np.float64]:
+    """Probability of class `target` in each window of a photograph, (h, w) float64.
 
     `streamed` is `ts.stream(fully_convolutional(net))`, `image` (C, H, W) as the network takes it. A side shorter than
     the window is filled up with zeros, as crops are.
@@ -38,7 +42,7 @@ def probability_map(streamed: Streamed, image: Source, target: int = 1) -> npt.N
         logits: Tensor = streamed(Padded(image, net.window_px))
     if not 0 <= target < logits.shape[1]:
         raise ValueError(f"target={target} must be in [0, {logits.shape[1]}), the classes of the network")
-    return torch.softmax(logits[0].double(), dim=0)[target].float().cpu().numpy()
+    return torch.softmax(logits[0].double(), dim=0)[target].cpu().numpy()
 
 
 def histogram(probabilities: npt.ArrayLike, bins: int = BINS) -> npt.NDArray[np.float64]:
@@ -53,11 +57,25 @@ def histogram(probabilities: npt.ArrayLike, bins: int = BINS) -> npt.NDArray[np.
     return counts / values.size
 
 
-def highest_window(probabilities: npt.NDArray[np.floating[Any]], net: SlidingWindow) -> Window:
-    """The window of the highest probability; of equals the one with the smallest (y, x)."""
-    i, j = np.unravel_index(int(np.argmax(probabilities)), probabilities.shape)
-    y_px, x_px = (int(k) * net.stride_px + net.window_px // 2 for k in (i, j))
-    return Window(y_px, x_px, float(probabilities[i, j]))
+def highest_window(
+    probabilities: npt.NDArray[np.floating[Any]], net: SlidingWindow, rules: Sequence[Border] = ()
+) -> Window:
+    """The window of the highest probability whose centre all rules allow; of equals that of the smallest (y, x).
+
+    Without rules, or where they leave no window (a photograph about as small as a window), it is the highest of all.
+    """
+
+    def window(at: int) -> Window:
+        places = divmod(at, probabilities.shape[1])
+        y_px, x_px = (place * net.stride_px + net.window_px // 2 for place in places)
+        return Window(y_px, x_px, float(probabilities.flat[at]))
+
+    order = np.argsort(-probabilities, axis=None, kind="stable").tolist()
+    for found in map(window, order):
+        here = Region(found.y_px, found.y_px + 1, found.x_px, found.x_px + 1)
+        if all(rule.mask(here).all() for rule in rules):
+            return found
+    return window(order[0])
 
 
 class Padded:

@@ -44,7 +44,9 @@ class CropsConfig(StageConfig):
     unhealthy_grades: list[int] = Field(
         [3, 4], description="grades, from 2 on, whose crops are examples of the unhealthy class"
     )
-    border_rule: Literal["frame", "circle"] = Field("frame", description=f"for random centres, {BORDER_RULE}")
+    border_rule: Literal["frame", "circle"] = Field(
+        "frame", description=f"for random centres, always in the field of view, {BORDER_RULE}"
+    )
     border: float = Field(0.1, ge=0, lt=0.5, description="kappa for random centres, the share left out at each side")
     seed: int = Field(0, ge=0, description="seed of random centres")
     splits: list[str] | None = Field(None, description="only photographs of these splits (default: all)")

@@ -120,21 +120,12 @@ class Run:
 
     @cached_property
     def window(self) -> tuple[int, int] | None:
-        """Side and stride of the sliding window in px, as its table and maps tell; None where there are no maps.
-
-        Where every map is highest at its first window the stride is not told, and maps are of one window.
-        """
+        """Side and stride of the sliding window in px; None where there are no maps."""
         path = windows_path(self.context, self.windows)
         if not path.exists() or self.windows not in self.records:
             return None
-        side = int(self.records[self.windows]["config"]["window_px"])
-        for row in pd.read_parquet(path).itertuples():
-            values = np.load(map_path(self.context, self.windows, row.id), mmap_mode="r")
-            cells = np.unravel_index(int(np.argmax(values)), values.shape)
-            for cell, at in zip(cells, (row.y_px, row.x_px), strict=True):
-                if cell:
-                    return side, (int(at) - side // 2) // int(cell)
-        return side, side
+        stride_px = int(pd.read_parquet(path)["stride_px"].iloc[0])
+        return int(self.records[self.windows]["config"]["window_px"]), stride_px
 
     def border(self, id: str, shape: tuple[int, int], extent: tuple[int, int]) -> np.ndarray:
         """Where the saliency stage's border rule lets centres be, on a picture (h, w) of a photograph of `extent`."""

@@ -19,6 +19,7 @@ import zarr
 
 from tilestream.cluster import Job, prepared, tell
 from tilestream.methods import FieldOfView, crop_region
+from tilestream.nets import fully_convolutional
 from tilestream.store.layout import encode_id
 
 from . import saliency_tasks as tasks
@@ -50,7 +51,8 @@ def run(config: SaliencyConfig, context: Context) -> None:
         raise ValueError(f"model={config.model!r} carries no square to squash to; use resolution=full")
     if square and config.write:
         raise ValueError("write=true keeps maps at full resolution, which resolution=square does not compute")
-    plans = make_plans(config, context, model.net, sorted({(side, side)} if square else set(extents.values())))
+    net = model.net if config.window_px is None else fully_convolutional(model.net, config.window_px)
+    plans = make_plans(config, context, net, sorted({(side, side)} if square else set(extents.values())))
     known = {}
     if average is not None and not square:
         known = ensure_extremes(context, np.asarray(average, np.float32), list(samples["id"]))
@@ -67,6 +69,7 @@ def run(config: SaliencyConfig, context: Context) -> None:
         "border": config.border,
         "search": config.search,
         "precision": config.precision,
+        "window_px": config.window_px,
         "device": device,
         "threads": context.cluster.threads,
         **(plans.budget if isinstance(plans, Whole) else {}),

@@ -26,6 +26,12 @@ class SaliencyConfig(StageConfig):
         "2) or crops (trained on crops; its Listing 2)",
     )
     net: str | None = Field(None, description="package.module:factory, for a file that does not name its network")
+    window_px: int | None = Field(
+        None,
+        ge=1,
+        description="differentiate the network after surgery, the sum of its logits over all windows of this side "
+        "(Listing 1, lines 11-13); null: the network with adaptive pooling over the whole (Listing 2, step 2)",
+    )
     resolution: Literal["full", "square"] = Field(
         "full", description="the photograph as it is, or squashed to the training square"
     )

@@ -97,6 +97,8 @@ class Whole:
     def why(self) -> str:
         if self.config.method != "gradient":
             return f"method={self.config.method!r} takes whole {'photographs' if self.full else 'squares'}"
+        if self.config.window_px is not None:
+            return f"windows of {self.config.window_px} px take whole photographs"
         return "this network looks at the whole image before its end, or returns a map"
 
     @property
@@ -109,7 +111,8 @@ class Whole:
             smooth = self.config.method == "smoothgrad"
             reduce = None if smooth and self.config.reduce != "mean" else self.config.reduce
             method = "gradient" if smooth else self.config.method
-            layout = self.streamed.plan((self.network.channels, *extent), reduce=reduce, method=method, out=True)
+            sides = (max(n, self.config.window_px or 0) for n in extent)
+            layout = self.streamed.plan((self.network.channels, *sides), reduce=reduce, method=method, out=True)
             self.context.say(f"{self.context.name}: {self.why}: {layout}")
             sweeps = (2 if layout.mode == "gather" else 1) * (self.config.samples if smooth else 1)
             self._tiles[extent] = layout.tiles * sweeps

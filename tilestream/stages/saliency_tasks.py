@@ -42,7 +42,7 @@ OVERVIEW = 8
 
 @dataclass(frozen=True)
 class Task:
-    """One photograph's map: everything by name, so that it pickles small."""
+    """One photograph's map, of saliency or of windows: everything by name, so that it pickles small."""
 
     store: str
     id: str
@@ -69,6 +69,8 @@ class Task:
     memory: int = 0
     """Bytes, where a whole image is one task by stored maps, and `tile_px` its tiles; 0: whole-network tiles."""
     tile_px: int | None = None
+    window_px: int | None = None
+    """Side of the windows that the network slides over a whole image, after surgery; None: it is as it is."""
 
     def rule(self, extent: Extent, photograph: Extent | None = None) -> Border:
         """The border rule of a map."""
@@ -120,11 +122,12 @@ def traced(task: Task) -> tuple[Network, np.ndarray | None]:
 
 def source(task: Task) -> Source:
     """The photograph as the network takes it: normalised if the model says how, raw grey levels otherwise."""
+    steady(task.device, task.threads)
     image = Store(task.store).image(task.id)
-    average = traced(task)[1]
+    average = read_once(task.model, task.model_sha256, task.net).preprocessing.get("average")
     if average is None or task.extremes is None:
         return image
-    return Normalised(image, average, task.extremes)
+    return Normalised(image, np.asarray(average, np.float32), task.extremes)
 
 
 def reduction(task: Task) -> Reduction:

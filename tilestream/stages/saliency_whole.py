@@ -20,6 +20,8 @@ from tilestream.engine.saliency import reduced
 from tilestream.engine.scratch import FileArray
 from tilestream.geometry import Extent, Region, tile_regions
 from tilestream.methods import normalise_square, resize_square
+from tilestream.methods.windows import Padded
+from tilestream.nets import fully_convolutional
 from tilestream.store import Store
 
 from . import saliency_tasks as tasks
@@ -32,9 +34,10 @@ BOX_PX = 1024
 
 def photograph(task: Task) -> Result:
     """The map of a photograph at full resolution."""
-    values, probability = _streamed_map(task, tasks.source(task))
-    rule = task.rule(values.extent)
-    boxes = tile_regions(values.extent, (BOX_PX, BOX_PX))
+    image = tasks.source(task)
+    values, probability = _streamed_map(task, image)
+    extent = (image.shape[1], image.shape[2])
+    rule, boxes = task.rule(extent), tile_regions(extent, (BOX_PX, BOX_PX))
     return tasks.result(task, rule, [tasks.found(task, rule, box, values.mean(box)) for box in boxes], probability)
 
 
@@ -76,23 +79,30 @@ class _Map:
         return np.ascontiguousarray(reduced(values, "mean" if len(self.shape) == 2 else self.reduce))
 
 
+def streamed(task: Task) -> Streamed:
+    """The task's network over images of any size, once a process; after surgery where it slides."""
+    return _streamed(
+        task.model, task.model_sha256, task.net, task.precision, task.device, task.memory, task.tile_px, task.window_px
+    )
+
+
 @lru_cache(maxsize=2)
-def streamed(
-    path: str, sha256: str, net: str | None, precision: Precision, device: str, memory: int, tile_px: int | None
-) -> Streamed:
-    """A network over images of any size, once a process."""
+def _streamed(
+    path: str, sha256: str, net: str | None, precision: Precision, device: str, memory: int, tile_px: int | None,
+    window_px: int | None,
+) -> Streamed:  # fmt: skip
     how: Any = {"memory": memory} if tile_px is None else {"tile": tile_px}
     module = read_once(path, sha256, net).net.to(device)
+    if window_px is not None:
+        module = fully_convolutional(module, window_px)
     return stream(module, precision=None if precision == "float32" else precision, **how)
 
 
-def _streamed(task: Task) -> Streamed:
-    return streamed(task.model, task.model_sha256, task.net, task.precision, task.device, task.memory, task.tile_px)
-
-
 def _streamed_map(task: Task, image: Source) -> tuple[_Map, float | None]:
-    """The map, and the probability of the image itself."""
-    net, noise = _streamed(task), task.noise
+    """The map, and the probability of the image itself; of an image smaller than a window, the map is a window's."""
+    net, noise = streamed(task), task.noise
+    if task.window_px is not None:
+        image = Padded(image, task.window_px)
     kept = noise is not None and task.reduce != "mean"  # reduced after the mean over copies, not before
     reduce = None if kept else task.reduce
     channels, height, width = image.shape

@@ -6,12 +6,16 @@ Which step of Listing 1 is which stage (pipelines/listing1.yaml):
 - lines 3-9, its saliency over the downsampled photographs, border rule, argmax, crops of the full photographs:
   `saliency` with resolution=square, then `crops` with select=training;
 - line 10, the first network of crops: `train` with examples=crops;
-- lines 11-18, the second round, on full photographs: `saliency` with that network and resolution=full, then `crops`.
-  It differentiates the network with adaptive pooling over the photograph; the surgered one's logits summed over all
-  windows have the same gradient up to a factor, save that positions within a window of the edges count less;
+- lines 11-18, the second round, on full photographs: `saliency` with that network, resolution=full and window_px=512,
+  then `crops`. By section 2.2 ("a corresponding network by copying all of the weights ... but replacing the
+  fully-connected layer with a 1 x 1 convolution", then "each training image is assessed by the network" and Formula 1)
+  it is the network after surgery that is differentiated: its positive logits, summed over all windows. Without
+  window_px it is the network with adaptive pooling, whose gradient is the same up to a factor, save that after surgery
+  positions within a window of the edges, which fewer windows see, count less;
 - line 19, the second network of crops: `train` with examples=crops;
 - lines 20-22, its probabilities over full photographs and their histogram: this stage, with the network of line 19
-  after surgery;
+  after surgery. The histogram is of all windows: these lines have no border rule. It is the highest window, which the
+  paper does not name, that is looked for on the eye alone, for the highest of all often lies in the black around it;
 - line 23, the decision: `predict` with windows, which fits the support vector machine on validation photographs.
 """
 
@@ -19,30 +23,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
 from tilestream.cluster import Job
-from tilestream.engine import Source, Streamed, stream
-from tilestream.methods import Extremes, Normalised
+from tilestream.engine import stream
+from tilestream.methods import Border, Extremes, eye_rules
 from tilestream.methods.windows import BINS, Window, highest_window, histogram, probability_map
 from tilestream.nets import SlidingWindow, fully_convolutional
-from tilestream.store import Store
 from tilestream.store.layout import encode_id
 
+from . import saliency_whole as whole
 from .base import Context, Stage, StageConfig, digest, replacing, write_json
 from .jobs import Load, run_jobs
-from .models import locate, read_model, read_once, steady
+from .models import locate, read_model
 from .preprocess import ensure_extremes
 from .runner import Journal
 from .saliency import quarantine_path
+from .saliency_config import BORDER_RULE, field_of_view
 from .saliency_plans import check_memory
+from .saliency_tasks import Task, source
 from .scores import same_splits
 from .split import chosen, path_of, write_table
 
@@ -57,33 +61,21 @@ class WindowsConfig(StageConfig):
     net: str | None = Field(None, description="package.module:factory, for a file that does not name its network")
     window_px: int = Field(512, ge=1, description="side of a window: that of the crops the network was trained on")
     target: int = Field(1, ge=0, description="the class whose probability counts")
+    border_rule: Literal["frame", "circle"] = Field(
+        "frame", description=f"for the highest window's centre, always in the field of view, {BORDER_RULE}"
+    )
+    border: float = Field(0.1, ge=0, lt=0.5, description="kappa for it, the share left out at each side")
     splits: list[str] | None = Field(None, description="only photographs of these splits (default: all)")
     limit: int | None = Field(None, ge=1, description="only the first so many photographs")
 
 
-@dataclass(frozen=True)
-class Task:
-    """One photograph: everything by name, so that it pickles small."""
-
-    store: str
-    id: str
-    model: str
-    model_sha256: str
-    net: str | None
-    window_px: int
-    target: int
-    memory_bytes: int
-    device: str
-    threads: int
-    extremes: Extremes | None
-
-
 def run(config: WindowsConfig, context: Context) -> None:
-    """Writes windows.parquet and windows_maps/ID.npy, (h, w) float32, a window's probability each.
+    """Writes windows.parquet and windows_maps/ID.npy, (h, w) float64, a window's probability each.
 
-    The table has id, the histogram h00..h19 (shares), probability (the highest window's), y_px, x_px (its centre) and
-    windows (how many). Under another stage name S the files are S.parquet and S_maps. Finished photographs are in the
-    journal. Photographs at which worker processes die are left out, and told in quarantine/S.json: [{id, reason}].
+    The table has id, the histogram h00..h19 (shares of all windows), probability, y_px, x_px (of the highest window
+    whose centre the border rule allows, on the eye), windows (how many) and stride_px (from one to the next). Under
+    another stage name S the files are S.parquet and S_maps. Finished photographs are in the journal. Photographs at
+    which worker processes die are left out, and told in quarantine/S.json: [{id, reason}].
     """
     samples = chosen(context, config.splits, config.limit)
     if not len(samples):
@@ -95,7 +87,7 @@ def run(config: WindowsConfig, context: Context) -> None:
     machine = _machine(context, device)
     check_memory(context)
     net = fully_convolutional(model.net, config.window_px)
-    streamed = stream(net, memory=machine["memory_bytes"])
+    streamed = stream(net, memory=machine["memory"])
     for extent in sorted(set(extents.values())):  # a budget that is too small is said before any work
         shape = tuple(max(n, config.window_px) for n in extent)
         context.say(f"{context.name}: {streamed.plan((3, *shape), backward=False)}")
@@ -106,24 +98,27 @@ def run(config: WindowsConfig, context: Context) -> None:
     path = locate(context, config.model)
     common: dict[str, Any] = {
         "store": str(context.store_path), "model": str(path), "model_sha256": digest(path), "net": config.net,
-        "window_px": config.window_px, "target": config.target, **machine,
+        "window_px": config.window_px, "target": config.target, "plan": "", **machine,
     }  # fmt: skip
     journal = Journal(context.partial_path / "windows.jsonl")
     done = {id: record for id, record in journal.read().items() if id in extents}
     if done:
         context.say(f"{context.name}: {len(done)} of {len(samples)} photographs are done already")
 
+    store = context.store
+
     def make(id: str) -> Job:
         task = Task(id=id, extremes=known.get(id), **common)
-        return Job.call(id, one, task, size=extents[id][0] * extents[id][1] / 1e6)
+        rules = eye_rules(extents[id], config.border, field_of_view(store, id), config.border_rule)
+        return Job.call(id, one, task, rules, size=extents[id][0] * extents[id][1] / 1e6)
 
-    def result(id: str, value: tuple[np.ndarray, Window]) -> None:
-        probabilities, highest = value
+    def result(id: str, value: tuple[np.ndarray, Window, int]) -> None:
+        probabilities, highest, stride_px = value
         with replacing(map_path(context, context.name, id)) as temporary, temporary.open("wb") as file:
             np.save(file, probabilities)
         shares = dict(zip(COLUMNS, histogram(probabilities).tolist(), strict=True))
         place = {"probability": highest.probability, "y_px": highest.y_px, "x_px": highest.x_px}
-        done[id] = {"id": id, **shares, **place, "windows": probabilities.size}
+        done[id] = {"id": id, **shares, **place, "windows": probabilities.size, "stride_px": stride_px}
         journal.append(done[id])
 
     def poison(id: str, reason: str) -> None:
@@ -139,13 +134,13 @@ def run(config: WindowsConfig, context: Context) -> None:
     if lost:
         context.say(f"{context.name}: {len(lost)} photographs are quarantined: {', '.join(r['id'] for r in lost[:5])}")
     write_json(quarantine_path(context, context.name), lost)
-    table = pd.DataFrame(rows, columns=["id", *COLUMNS, "probability", "y_px", "x_px", "windows"])
+    table = pd.DataFrame(rows, columns=["id", *COLUMNS, "probability", "y_px", "x_px", "windows", "stride_px"])
     write_table(windows_path(context, context.name), table)
 
 
 def _machine(context: Context, device: str) -> dict[str, Any]:
     """What last bits depend on besides the model; unfinished work goes on with the tiles that it was begun with."""
-    mine = {"memory_bytes": int(context.cluster.memory), "device": device, "threads": context.cluster.threads}
+    mine = {"memory": int(context.cluster.memory), "device": device, "threads": context.cluster.threads}
     path = context.partial_path / "machine.json"
     if not path.exists():
         write_json(path, mine)
@@ -159,30 +154,13 @@ def _machine(context: Context, device: str) -> dict[str, Any]:
     return was
 
 
-def one(task: Task) -> tuple[np.ndarray, Window]:
-    """One photograph's map of probabilities and its highest window, on a worker."""
-    steady(task.device, task.threads)
-    streamed, average = _streamed(
-        task.model, task.model_sha256, task.net, task.window_px, task.memory_bytes, task.device
-    )
-    image: Source = Store(task.store).image(task.id)
-    if average is not None and task.extremes is not None:
-        image = Normalised(image, average, task.extremes)
+def one(task: Task, rules: list[Border]) -> tuple[np.ndarray, Window, int]:
+    """One photograph's map of probabilities, its highest window on the eye, and the windows' stride, on a worker."""
+    image, streamed = source(task), whole.streamed(task)
     probabilities = probability_map(streamed, image, task.target)
     net = streamed.net
     assert isinstance(net, SlidingWindow)
-    return probabilities, highest_window(probabilities, net)
-
-
-@lru_cache(maxsize=2)
-def _streamed(
-    path: str, sha256: str, net: str | None, window_px: int, memory_bytes: int, device: str
-) -> tuple[Streamed, np.ndarray | None]:
-    """A surgered network, streamed, and its average image, once a process."""
-    model = read_once(path, sha256, net)
-    average = model.preprocessing.get("average")
-    streamed = stream(fully_convolutional(model.net.to(device), window_px), memory=memory_bytes)
-    return streamed, None if average is None else np.asarray(average, np.float32)
+    return probabilities, highest_window(probabilities, net, rules), net.stride_px
 
 
 def windows_path(context: Context, name: str) -> Path:
