@@ -37,6 +37,8 @@ SLACK, FIXED_BYTES = 1.4, 32 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, holes between buffers. Measured."""
 KERNEL_BYTES, KERNELS, KERNEL_S = 104 * 2**10, 1024, 1.5e-3
 """oneDNN compiles a kernel for every shape that a convolution met, and keeps so many. Measured."""
+LOOK_S = 1e-4
+"""Whether a tile has to be gone back over."""
 
 Areas = Mapping[str, int]
 
@@ -121,7 +123,7 @@ class Costs:
         seconds += flops / rates.flops_per_s + rates.step_s * tiles * len(nodes) + KERNEL_S * kernels
         if way == "scatter" and (places := winners(self.network)) is not None:  # tiles without a maximum are left out
             share = min(1.0, places / tiles)
-            flops, seconds = math.ceil(flops * share), seconds * share
+            flops, seconds = math.ceil(flops * share), seconds * share + LOOK_S * tiles
         weights = max([w.numel() * self.itemsize for n in nodes for w in n.operation.weights], default=0)
         sums = 0  # gradients of weights: of this segment's from one tile, of all from the tiles before
         for group in (nodes, self.network.nodes) if self.want_weights else ():

@@ -22,7 +22,7 @@ from .allocator import trim
 from .operations import Rule, fitted
 from .reductions import Partial, refuse_nan
 from .scratch import Bits, Scratch, Stored
-from .segment import Segment
+from .segment import Segment, winners
 from .tile import Gradients, Source, backward, forward, keeps, read
 from .trace import Network, Node
 
@@ -56,6 +56,8 @@ class Pass:
         """Vectors with the gradients that arrived at them: what parameters of the head get is asked of these."""
         self._image_once = sum(network.image in segment.inputs for segment, _ in cut) == 1
         self.used = False
+        self.gone_back = 0
+        """Tiles that scatter went back over."""
         self._result: Tensor | None = None
         self._read_again = {r.source for r in network.reductions.values() if r.reads_map and tape}
 
@@ -230,6 +232,10 @@ class Pass:
         else:
             self.backward(upstream, mode="scatter", want_weights=True, write=write)
 
+    def back_tiles(self) -> int:
+        """Tiles of all backward sweeps by scatter."""
+        return sum(len(segment.tiles(segment.owned, sizes[1])) for segment, sizes in self.cut)
+
     def classes(self) -> int:
         """How many logits there are, before anything ran: the head on zeros."""
         probe = Pass(self.network, [], self.source, Scratch(0))
@@ -332,7 +338,10 @@ class Pass:
                 for parts in segment.tiles(segment.inputs, sizes[1]):
                     self._gather_tile(segment, parts, grads, dense, vectors, write, options)
             else:
-                for owned in segment.tiles(segment.owned, sizes[0]):
+                tiles = segment.tiles(segment.owned, sizes[1])
+                if winners(self.network) is not None:  # one tile at least, for gradients of zero are wanted too
+                    tiles = [owned for owned in tiles if self._reached(segment, owned, grads)] or tiles[:1]
+                for owned in tiles:
                     self.scatter_tile(segment, owned, grads, dense, vectors, write, options)
             if vectors:
                 self._to_leaves(vectors, grads)
@@ -381,6 +390,11 @@ class Pass:
             add(network.output, dense(regions[network.output]))
         return found
 
+    def _reached(self, segment: Segment, owned: Mapping[str, Region], grads: Mapping[str, Tensor]) -> bool:
+        """Whether any gradient reaches what a tile owns: it holds a maximum, or lies within reach of one."""
+        down = self._upstream(segment, owned, grads, None, self._value)
+        return any(bool(share.any()) for share in down.values())
+
     def _gather_tile(
         self, segment: Segment, parts: dict[str, Region], grads: Mapping[str, Tensor], dense: Any,
         vectors: dict[str, Tensor], write: Write | None, options: dict[str, Any],
@@ -415,6 +429,7 @@ class Pass:
         vectors: dict[str, Tensor], write: Write | None, options: dict[str, Any],
     ) -> dict[str, Partial]:  # fmt: skip
         """Forward and backward over one tile; returns its shares of reductions, for a sweep that does both at once."""
+        self.gone_back += 1
         network, regions, tape = self.network, segment.forward_regions(owned), dict[str, Any]()
 
         def save(node: Node, kind: str, saved: Any) -> None:

@@ -91,6 +91,13 @@ def segments(network: Network, cuts: Sequence[int]) -> list[Segment]:
     return [*before(network), *(Segment(network, a, b) for a, b in pairwise(edges))]
 
 
+def winners(network: Network) -> int | None:
+    """From how many places gradients come at most, where all that is reduced are maxima; None where they are not."""
+    if network.dense or any(r.kind != "max" for r in network.reductions.values()):
+        return None
+    return sum(math.prod(r.size()) for r in network.reductions.values())
+
+
 def before(network: Network) -> list[Segment]:
     """A sweep over the image alone, where it is reduced itself."""
     reduced = any(r.source == network.image for r in network.reductions.values())

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 _EXTRA = "preprocessing."
+_NAMES = ("ResidualNet", "ConvBoVW")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ def build(architecture: str, parameters: Mapping[str, Any] | None = None) -> nn.
     except ImportError as error:
         hint = "" if not module_name else "; its folder must be on PYTHONPATH, on every worker too"
         raise ValueError(f"net={architecture!r}: {error}{hint}") from error
-    if not callable(factory) or (not module_name and not (name.startswith("resnet") or name == "ResidualNet")):
-        known = "ResidualNet, resnet18, resnet34, resnet50 or package.module:factory"
+    if not callable(factory) or (not module_name and not (name.startswith("resnet") or name in _NAMES)):
+        known = "ResidualNet, ConvBoVW, resnet18, resnet34, resnet50 or package.module:factory"
         raise ValueError(f"net={architecture!r} is not known; use {known}")
     try:
         net = factory(**dict(parameters or {}))
