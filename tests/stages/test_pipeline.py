@@ -20,7 +20,7 @@ def write(tmp_path: Path):
     return one
 
 
-@pytest.mark.parametrize("name", ["demo", "listing1", "listing2", "naive", "paper_a", "predict"])
+@pytest.mark.parametrize("name", ["bovw", "demo", "listing1", "listing2", "naive", "paper_a", "predict"])
 def test_shipped_pipelines_are_valid(name):
     pipeline = load(Path(name))
     assert pipeline.description

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tilestream.store import is_url
 from tilestream.training import groups
 
 from .base import Context, Stage, StageConfig, digest, write_json
-from .predict import predictions_path
+from .scores import predictions_of
 from .split import read_table
 
 ORDER = ("naive", "sliding_window", "saliency")
@@ -27,28 +28,34 @@ _ENDS = ("_probability", "_decision")
 class EvaluateConfig(StageConfig):
     """Measures decisions against labels, at the thresholds that were fitted on the validation photographs."""
 
+    predictions: list[str] = Field(
+        ["predict"], min_length=1, description="the stages whose predictions to measure; their labels must agree"
+    )
+    reference: str = Field("naive", description="the model whose AUC is taken from that of each other one")
     split: str = Field("test", description="the photographs to measure on; 'all' for every one that has a label")
     bins: int = Field(10, ge=2, le=100, description="equal parts of [0, 1] in which calibration is measured")
     seed: int = Field(0, ge=0, description="seed of the intervals that are drawn")
 
 
 def run(config: EvaluateConfig, context: Context) -> None:
-    """Writes metrics.json: an object each for `naive`, `sliding_window`, `saliency`, as far as they were predicted.
+    """Writes metrics.json: an object each for `naive`, `sliding_window`, `saliency`, as far as they were predicted, and
+    for other stages in `predictions` under their names.
 
-    Intervals are 95 %: Wilson's of shares, DeLong's of the AUC (auc_low, auc_high), and from 2,000 draws of whole
-    patients (auc_bootstrap_low ...; of photographs where no store is given, as `groups` says). What cannot be computed
-    is null.
+    What is unhealthy is what the predictions say: their label 1. Intervals are 95 %: Wilson's of shares, DeLong's of
+    the AUC (auc_low, auc_high), and from 2,000 draws of whole patients (auc_bootstrap_low ...; of photographs where no
+    store is given, as `groups` says). What cannot be computed is null.
     """
-    table = selected(config.split, context)
+    table = selected(config.split, context, config.predictions)
     table["patient_group"], of = patient_groups(table, context)
     models = columns(table)
     metrics: dict[str, Any] = {
-        "split": config.split, "groups": of, "predictions_sha256": digest(predictions_path(context))
+        "split": config.split, "groups": of, "predictions_sha256": fingerprint(context, config.predictions),
+        "predictions": config.predictions, "reference": config.reference,
     }  # fmt: skip
     for name, prefix in models.items():
         metrics[name] = measures(table, prefix, config.bins, config.seed)
-        if name != "naive" and "naive" in models:
-            metrics[name] |= difference(table, prefix, models["naive"], config.seed)
+        if name != config.reference and config.reference in models:
+            metrics[name] |= difference(table, prefix, models[config.reference], config.seed, config.reference)
         value = metrics[name]["auc"]
         shown = "-" if value is None else f"{value:.3f}"
         context.say(f"{context.name}: {name} AUC {shown} on {metrics[name]['photographs']} {config.split} photographs")
@@ -59,13 +66,41 @@ def run(config: EvaluateConfig, context: Context) -> None:
     write_json(metrics_path(context), metrics)
 
 
-def selected(split: str, context: Context) -> pd.DataFrame:
+def selected(split: str, context: Context, names: Sequence[str] = ("predict",)) -> pd.DataFrame:
     """Predictions with labels, of one split; ValueError when there are none."""
-    table = read_table(predictions_path(context), "predict")
+    table = joined(context, names)
     table = table[table["label"].notna() & ((table["split"] == split) | (split == "all"))]
     if not len(table):
         raise ValueError(f"split={split!r} has no photograph with a label and a prediction")
     return table.astype({"label": int})
+
+
+def joined(context: Context, names: Sequence[str]) -> pd.DataFrame:
+    """Predictions of several stages side by side, as `columns` reads them; what one of them lacks is NA.
+
+    ValueError where they disagree on a photograph's label: then they decide different questions.
+    """
+    table, *others = (read_table(predictions_of(context, name), name) for name in names)
+    for name, other in zip(names[1:], others, strict=True):
+        both = table.merge(other, on="id", suffixes=("", "_other"))
+        if len(apart := both[(both["label"] != both["label_other"]).fillna(False)]):
+            raise ValueError(
+                f"label of {apart['id'].iloc[0]} is {apart['label'].iloc[0]} by {names[0]} and "
+                f"{apart['label_other'].iloc[0]} by {name}: they call other grades unhealthy; measure them one by one"
+            )
+        renamed = {end[1:]: f"{name}{end}" for end in _ENDS}
+        first = table.attrs
+        table = table.merge(other.rename(columns=renamed), on="id", how="outer", suffixes=("", "_other"))
+        for column in ("label", "grade", "split"):
+            table[column] = table[column].fillna(table.pop(f"{column}_other"))
+        table.attrs = first
+    return table
+
+
+def fingerprint(context: Context, names: Sequence[str]) -> str:
+    """A hash of the predictions that are measured: the file's, of one."""
+    hashes = [digest(predictions_of(context, name)) for name in names]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def patient_groups(table: pd.DataFrame, context: Context) -> tuple[np.ndarray, str]:
@@ -114,9 +149,9 @@ def measures(table: pd.DataFrame, prefix: str, bins: int = 10, seed: int = 0) ->
     return result | _bounds("auprc", m.average_precision_interval(labels, scores, patients, seed=seed))
 
 
-def difference(table: pd.DataFrame, prefix: str, other: str, seed: int = 0) -> dict[str, Any]:
-    """AUC of one model minus the naive one's, on the photographs that both predicted: paired DeLong and bootstrap."""
-    name = "auc_minus_naive"
+def difference(table: pd.DataFrame, prefix: str, other: str, seed: int = 0, reference: str = "naive") -> dict[str, Any]:
+    """AUC of one model minus the reference's, on the photographs that both predicted: paired DeLong and bootstrap."""
+    name = f"auc_minus_{reference}"
     table = table[table[f"{prefix}probability"].notna() & table[f"{other}probability"].notna()]
     labels = table["label"].to_numpy()
     if len(set(labels)) < 2:
@@ -146,7 +181,8 @@ def metrics_path(context: Context) -> Path:
 
 def reads(config: EvaluateConfig, context: Context) -> Iterable[Path]:
     store = context.store_path
-    return [predictions_path(context), *([] if store is None or is_url(store) else [Path(store) / "labels.parquet"])]
+    tables = [predictions_of(context, name) for name in config.predictions]
+    return [*tables, *([] if store is None or is_url(store) else [Path(store) / "labels.parquet"])]
 
 
 def writes(config: EvaluateConfig, context: Context) -> Iterable[Path]:

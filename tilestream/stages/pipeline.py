@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from . import (
+    bovw,
     crops,
     descriptors,
     evaluate,
@@ -32,7 +33,7 @@ from .base import Context, Stage, StageConfig, nearest, parse
 from .runner import execute
 
 _IN_ORDER = (
-    synth, ingest, split, preprocess, train, saliency, crops, windows, predict, descriptors, evaluate, localise,
+    synth, ingest, split, preprocess, train, saliency, crops, windows, predict, descriptors, bovw, evaluate, localise,
     faithfulness, tables, report,
 )  # fmt: skip
 STAGES: dict[str, Stage] = {s.STAGE.verb: s.STAGE for s in _IN_ORDER}

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from tilestream.methods import Threshold
 from tilestream.methods.attention import AttentionPooling, Bags, attend, fit_attention
 from tilestream.nets import Model, load_model, save_model
 from tilestream.training import Examples, predict
@@ -21,7 +22,7 @@ from .examples import Crops, Squares
 from .jobs import steps
 from .models import read_model
 from .preprocess import average_of, ensure_extremes
-from .split import path_of
+from .split import chosen, path_of, write_table
 
 if TYPE_CHECKING:
     from .predict import PredictConfig
@@ -43,6 +44,29 @@ class _Flipped:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return np.ascontiguousarray(np.flip(self.examples[index], self.axes))
+
+
+def graded(context: Context, pathological_from: int) -> pd.DataFrame:
+    """id, label, grade, split of all photographs; label (Int64) is 1 from that grade on, 0 below, NA where unknown."""
+    table = chosen(context, None)[["id", "label", "split"]].rename(columns={"label": "grade"})
+    return table.assign(label=(table["grade"] >= pathological_from).astype("Int64"))[["id", "label", "grade", "split"]]
+
+
+def predictions_of(context: Context, name: str) -> Path:
+    """The table of a stage that predicts: predictions.parquet of `predict`, NAME_predictions.parquet of another."""
+    return context.run / ("predictions.parquet" if name == "predict" else f"{name}_predictions.parquet")
+
+
+def write_predictions(context: Context, table: pd.DataFrame, probability: npt.ArrayLike, threshold: Threshold) -> None:
+    """Writes this stage's NAME_predictions.parquet: id, label, probability, decision, grade, split.
+
+    `table` is that of `graded`, or some of its rows; probability is (n,), that of label 1.
+    """
+    scores = np.asarray(probability, np.float64)
+    table = table.assign(probability=scores, decision=threshold.decide(scores))
+    table = table[["id", "label", "probability", "decision", "grade", "split"]]
+    table.attrs["model"] = context.name  # whose columns have no prefix
+    write_table(predictions_of(context, context.name), table)
 
 
 def same_splits(context: Context, name: str, model: Model) -> None:
