@@ -63,7 +63,7 @@ class Streamed(nn.Module):
         self.net, self.tile, self.scratch, self.precision = net, tile, scratch, precision
         self.training = False
         self.gone_back: tuple[int, int] | None = None
-        """Of the last `backward`: tiles gone back over, and all. Where only maxima are pooled, the others hold no winner."""
+        """Of the last `backward`: tiles gone back over, of all. Where only maxima are pooled, those with winners."""
         self.memory = parse_bytes(DEFAULT_MEMORY if memory is None else memory)
         self._stamp: Any = None
         self._plans: dict[Any, Plan] = {}
