@@ -130,6 +130,26 @@ def test_a_dead_worker_and_a_deaf_one(tmp_path):
         assert len(run_ranks(client, meet, 2)) == 2, "the restarted workers are free"
 
 
+def one_freezes(rank: Rank) -> None:
+    if rank.number == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.5)
+    raise PeerLost("heard nothing for a while")
+
+
+def test_a_worker_that_does_not_answer_is_restarted_at_once(monkeypatch):
+    """It used to hold the driver for as long as Dask waits for a connection, and longer."""
+    monkeypatch.setattr("tilestream.cluster.ranks._SETTLE_S", 0.5)
+    monkeypatch.setattr("tilestream.cluster.ranks._ANSWER_S", 1.0)
+    with connect(workers=2) as client:
+        begun_s = time.monotonic()
+        with pytest.raises(RankLost, match=r"rank 0 of 2, on .*: heard nothing"):
+            run_ranks(client, one_freezes, 2, echoes=PeerLost)
+        assert time.monotonic() - begun_s < 25  # five of them the nanny's, before it kills
+        client.wait_for_workers(2, timeout=20)
+        assert len(run_ranks(client, meet, 2)) == 2
+
+
 def test_ctrl_c_ends_ranks_soon(client: Client, tmp_path):
     def stop(number, message):
         raise KeyboardInterrupt

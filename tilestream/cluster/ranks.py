@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 import uuid
@@ -19,6 +20,7 @@ from .security import is_loopback
 
 _POLL_S = 0.5
 _SETTLE_S = 5.0
+_ANSWER_S = 5.0
 _RESULT_S = 30.0
 _ENDED = object()
 
@@ -72,9 +74,10 @@ def run_ranks(
     """What `function(rank)` returns on `count` workers at once, in order of rank; all of them or none.
 
     Each rank takes one task thread (and `resources`) of a worker of its own. When one fails the others are told (see
-    `Rank.wanted`), and this returns when they have ended; the workers of those that have not after `grace_s` seconds
-    are restarted. Errors of the types `echoes` are how a rank says that it has lost another one: they are raised only
-    if no rank is found that ended by itself. `on_message(number, message)` is called in this thread.
+    `Rank.wanted`), and this returns when they have ended; the workers of those that have not after `grace_s` seconds,
+    and those that do not answer (stopped, swapped out), are restarted. Errors of the types `echoes` are how a rank says
+    that it has lost another one: they are raised only if no rank is found that ended by itself.
+    `on_message(number, message)` is called in this thread.
 
     Ranks listen on their workers' own addresses. What they say to each other is not encrypted by Dask: beyond this
     machine it takes `in_clear`.
@@ -117,9 +120,9 @@ def _place(client: Client, count: int, resources: Mapping[str, float] | None, in
         offering = f" that offer {needs}" if needs else ""
         raise ValueError(f"ranks={count} must be in [1, {len(chosen)}], the workers{offering}; start more")
     chosen = sorted(chosen)[:count]
-    found = client.run(_here, workers=chosen, on_error="return")
+    found = client.sync(_asked, client, chosen, _RESULT_S, _here)
     for number, address in enumerate(chosen):
-        if isinstance(found.get(address), Exception | None):
+        if isinstance(found[address], Exception | None):
             raise _lost(number, count, address)
         if not in_clear and not is_loopback(found[address][1]):
             raise ValueError(f"ranks would talk unencrypted between machines, as {address}; allow it (in_clear) where "
@@ -192,15 +195,28 @@ def _end(client: Client, ranks: Sequence[Rank], futures: Sequence[Future], grace
     while True:
         there = set(_workers(client))
         mine = [rank.worker for rank in ranks if rank.worker in there]
-        held = client.run(_holds, keys, workers=mine, on_error="ignore") if mine else {}
-        busy = [address for address, holds in held.items() if holds]
-        if not busy:
-            return
-        if time.monotonic() > until_s:
+        held = client.sync(_asked, client, mine, _ANSWER_S, _holds, keys)
+        late = time.monotonic() > until_s
+        over = [address for address, holds in held.items() if holds is None or (holds is True and late)]
+        if over:
             with suppress(ValueError):  # a worker without a nanny cannot be restarted; its rank ends by itself
-                client.restart_workers(busy, timeout=30, raise_for_error=False)
+                client.restart_workers(over, timeout=30, raise_for_error=False)
+        if late or not any(holds is True for holds in held.values()):
             return
         time.sleep(0.1)
+
+
+async def _asked(
+    client: Client, addresses: Sequence[str], timeout_s: float, function: Callable[..., Any], *args: Any
+) -> dict[str, Any]:
+    """What a function returns or raises on each worker; None where none comes in time: `Client.run` waits for ever."""
+
+    async def one(address: str) -> Any:
+        call = client.run(function, *args, workers=[address], on_error="return")  # on the client's loop, a coroutine
+        with suppress(TimeoutError):
+            return (await asyncio.wait_for(call, timeout_s)).get(address)
+
+    return dict(zip(addresses, await asyncio.gather(*map(one, addresses)), strict=True))
 
 
 def _holds(keys: Sequence[str], dask_worker: Worker) -> bool:

@@ -71,6 +71,7 @@ def over_ranks(
             run_ranks(
                 client, partial(_rank, task), count, resources={GPU: 1} if device == "cuda" else None,
                 on_message=heard, echoes=PeerLost, in_clear=crew.trusted,
+                grace_s=min(30.0, crew.timeout_s),
             )  # fmt: skip
             return
         except RankLost as error:
