@@ -52,8 +52,8 @@ class Pass:
         self.steps: dict[str, Tensor] = {}
         """Vectors as the maps get them: cut off from the graph."""
         self.weights: dict[str, list[Tensor]] = {}
-        self.head_gradients: list[tuple[Tensor, Tensor]] = []
-        """Vectors with the gradients that arrived at them: what parameters of the head get is asked of these."""
+        self.at_vectors: dict[str, Tensor] = {}
+        """The gradients that arrived at vectors, from maps that read them and from the loss."""
         self._image_once = sum(network.image in segment.inputs for segment, _ in cut) == 1
         self.used = False
         self.gone_back = 0
@@ -283,7 +283,7 @@ class Pass:
         for tensors in self.weights.values():
             for t in tensors:
                 t *= upstream[0, -1]
-        self.head_gradients.clear()
+        self.at_vectors.clear()
         self.gradients_at_reductions(upstream)
 
     # ---- backward
@@ -352,11 +352,9 @@ class Pass:
     def _to_leaves(self, vectors: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
         """Gradients of vectors go back through their graph, to reductions and to parameters."""
         found = [(self.env[name], g) for name, g in vectors.items() if getattr(self.env[name], "requires_grad", False)]
-        if not found:
-            return
-        self.head_gradients.extend(found)
+        self.at_vectors.update(vectors)
         leaves = list(self.leaves.items())
-        if not leaves:  # vectors of parameters alone
+        if not found or not leaves:  # vectors of parameters alone
             return
         got = torch.autograd.grad(
             [v for v, _ in found], [leaf for _, leaf in leaves], [g.reshape(v.shape).to(v) for v, g in found],
@@ -492,30 +490,3 @@ class Pass:
                     stores.pop(name).free()
             for stored in self.tapes.pop(name, ()):
                 stored.free()
-
-
-class Weights:
-    """What arrived, over several images, at the weights of operations on maps and at the vectors."""
-
-    def __init__(self) -> None:
-        self.maps: dict[str, list[Tensor]] = {}
-        self.vectors: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, work: Pass) -> None:
-        for name, tensors in work.weights.items():
-            known = self.maps.get(name)
-            self.maps[name] = tensors if known is None else [a.add_(b) for a, b in zip(known, tensors, strict=True)]
-        self.vectors += work.head_gradients
-
-    def gradients(self, network: Network, parameters: list[Any], loss: Tensor | None = None) -> list[Tensor | None]:
-        """What of it, and of a loss besides the logits, reaches each parameter."""
-        pairs = [] if loss is None else [(loss, torch.ones_like(loss))]
-        pairs += self.vectors
-        with torch.enable_grad():
-            for node in network.nodes:
-                if node.name in self.maps:
-                    pairs += zip(node.operation.effective(), self.maps[node.name], strict=True)
-        pairs = [(o, g.reshape(o.shape).to(o)) for o, g in pairs if o.requires_grad]
-        if not pairs or not parameters:
-            return [None] * len(parameters)
-        return list(torch.autograd.grad([o for o, _ in pairs], parameters, [g for _, g in pairs], allow_unused=True))

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tilestream.geometry import Region
-
-from .passes import Pass, Weights
+from .autograd import differentiable, each_back
+from .passes import Pass
 from .planner import Planner, cut
 from .scratch import Scratch
 from .trace import Network
@@ -89,27 +89,27 @@ def _compare(net: nn.Module, network: Network, images: Tensor) -> None:
     name, tolerance = f"{type(net).__name__}.forward", TOLERANCE.get(network.dtype, 0.1)
     parameters = [p for p in net.parameters() if p.requires_grad]
     plain, weight, wanted = _plain(net, images, parameters)
-    works = [_Work(network, image) for image in images]
+    x = images.clone().requires_grad_()
+    parts = cut(network, Planner(network, mode="scatter", want_weights=True).plan(2**40, None).segments)
+    works = [Pass(network, parts, image, Scratch(2**40)) for image in images]
     try:
-        made = torch.cat([work.result() for work in works])
+        made = differentiable(network, works, net, x, partial(each_back, works))
         if made.shape != plain.shape:
             raise ValueError(
                 f"{name} gives {tuple(plain.shape)} for a batch of two, {tuple(made.shape)} for its images one by one; "
                 "a streamed network takes each image by itself"
             )
-        if _norm(made - plain, math.inf) > tolerance * _norm(plain, math.inf):
+        if _norm(made.detach() - plain, math.inf) > tolerance * _norm(plain, math.inf):
             raise ValueError(
                 f"{name} gives other results in plain PyTorch than traced; something in it cannot be seen by torch.fx, "
                 "or looks at the whole batch"
             )
         if wanted is None or not all(bool(torch.isfinite(g).all()) for g in wanted):
             return
-        found = [work.gradients(weight, parameters) for work in works]
+        got = torch.autograd.grad((made * weight).sum(), [x, *parameters], allow_unused=True, materialize_grads=True)
     finally:
         for work in works:
             work.close()
-    total = [torch.stack(parts).sum(0) for parts in zip(*(f[1] for f in found), strict=True)]
-    got = [torch.stack([f[0] for f in found]), *total]
     least = 1e-3 * max((_norm(g) for g in wanted[1:]), default=0.0)  # some are nothing but rounding
     for mine, theirs in zip(got, wanted, strict=True):
         if _norm(mine - theirs) > 10 * tolerance * max(_norm(theirs), least):
@@ -139,30 +139,3 @@ def _plain(net: nn.Module, images: Tensor, parameters: list[nn.Parameter]) -> An
 
 def _norm(t: Tensor, order: float = 2) -> float:
     return float(torch.linalg.vector_norm(t.double(), order)) if t.numel() else 0.0
-
-
-class _Work:
-    """One image through the engine, in one tile a segment."""
-
-    def __init__(self, network: Network, image: Tensor) -> None:
-        planner = Planner(network, mode="scatter", want_weights=True, backward=True, mean=False, result_bytes=0)
-        self.image = image
-        self.work = Pass(network, cut(network, planner.plan(2**40, None).segments), image, Scratch(2**40))
-
-    def result(self) -> Tensor:
-        return self.work.result()
-
-    def gradients(self, upstream: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-        gradient = torch.zeros_like(self.image)
-
-        def write(region: Region, values: Tensor) -> None:
-            gradient[:, region.y0 : region.y1, region.x0 : region.x1] = values
-
-        self.work.back(upstream, write)
-        total = Weights()
-        total.add(self.work)
-        got = total.gradients(self.work.network, parameters)
-        return gradient, [torch.zeros_like(p) if g is None else g for g, p in zip(got, parameters, strict=True)]
-
-    def close(self) -> None:
-        self.work.close()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from types import FunctionType
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,16 @@ from torch import Tensor, nn
 
 from tilestream.geometry import Plan, Region
 
-from . import supported
 from .allocator import resident_bytes, reused_buffers, trim
+from .autograd import differentiable, each_back
 from .context import as_it_stands
-from .passes import Mode, Pass, Weights
+from .passes import Mode, Pass
 from .planner import Planner, cut, parse_bytes
 from .probe import awake, check_against_plain
 from .saliency import Reduce, Saliency, Sink, check, reduced
 from .scratch import Allocate, FileArray, Scratch
 from .tile import Array, Source, keeps
-from .trace import Network, Precision, trace
+from .trace import Network, Precision, content, record, trace, unchanged
 
 DEFAULT_MEMORY = "2 GiB"
 Progress = Callable[[int, int], None]
@@ -80,26 +79,33 @@ class Streamed(nn.Module):
 
     @as_it_stands
     def network(self) -> Network:
-        """The traced network, traced anew if a parameter, a buffer, a module or a setting of one changed."""
+        """The traced network, traced anew if its forward code does something else than last, or tensors changed.
+
+        The code is run on a stand-in for an image at each call (10 ms for ResNet-50), so whatever it reads is seen.
+        """
         with self._lock:
-            stamp = self._state()
+            recorded = record(self.net)
+            stamp = self._tensors(), recorded.settings
             if stamp != self._stamp:
-                self._network = trace(self.net, self.precision)
+                network = trace(self.net, self.precision, recorded)
                 if self._stamp is None or stamp[1] != self._stamp[1]:
-                    check_against_plain(self.net, trace(self.net) if self.precision else self._network)
+                    with unchanged(self.net):
+                        check_against_plain(self.net, trace(self.net, None, recorded) if self.precision else network)
                     if (roused := awake(self.net)) is not None:
                         check_against_plain(roused, trace(roused))
                     trim()
-                self._stamp = self._state()  # as it is now: forward code may have left something in its modules
+                self._network, self._stamp = network, (self._tensors(), recorded.settings)
                 self._held = [*self.net.parameters(), *self.net.buffers()]  # or new ones could get their identities
                 self._plans.clear()
             return self._network
 
-    def _state(self) -> Any:
-        """What the result may depend on: tensors under all their names, and settings."""
-        net = self.net
-        named = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
-        return [(name, _stamp(t)) for name, t in named], [_settings(name, m) for name, m in net.named_modules()]
+    def _tensors(self) -> Any:
+        """Parameters and buffers under all their names: which they are, and what they hold."""
+        named = chain(self.net.named_parameters(remove_duplicate=False), self.net.named_buffers(remove_duplicate=False))
+        return [
+            (name, id(t), t.data_ptr() if t.layout is torch.strided else 0, t.device, t.requires_grad, content(t))
+            for name, t in named
+        ]
 
     def plan(
         self, shape: Sequence[int], *, reduce: Reduce | None = "mean", method: str = "gradient", weights: bool = False,
@@ -176,16 +182,29 @@ class Streamed(nn.Module):
         to the image and to the weights, by streaming.
         """
         images = self._images(image)
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
-        track = isinstance(image, Tensor) and torch.is_grad_enabled() and (parameters or image.requires_grad)
-        if not track:
-            return torch.cat([self._forward(each)[0] for each in images])
-        if named := [name for name, p in self.net.named_parameters() if p._backward_hooks]:
-            raise ValueError(f"{named[0]} has hooks, which streaming under autograd would call twice; remove them, or "
-                             "use backward(image, loss_fn)")  # fmt: skip
-        run: Any = _Run.apply
-        shared = Scratch(self._planned(images[0].shape, weights=True).scratch_bytes, self.scratch)
-        return torch.cat([run(self, shared, each, *parameters) for each in images])
+        wanted = any(t.requires_grad for t in [image, *self.net.parameters()] if isinstance(t, Tensor))
+        track = isinstance(image, Tensor) and torch.is_grad_enabled() and wanted
+        return self._run(images, image if track else None)
+
+    @as_it_stands
+    @reused_buffers()
+    def _run(self, images: list[Any], image: Any) -> Tensor:
+        """The results of all images, with a history that goes back to `image`, which holds them, unless it is None."""
+        plan = self._planned(images[0].shape, weights=image is not None, backward=image is not None)
+        network, scratch = self._network.bind(plan.image), Scratch(plan.scratch_bytes, self.scratch)
+        works = [self._pass(network, plan, each, scratch=scratch) for each in images]
+        try:
+            if image is not None:
+                return differentiable(network, works, self.net, image, partial(each_back, works))
+            results = []
+            for work in works:
+                results.append(work.result())
+                work.close()
+            return torch.cat(results)
+        except BaseException:
+            for work in works:
+                work.close()
+            raise
 
     @as_it_stands
     @reused_buffers()
@@ -258,41 +277,37 @@ class Streamed(nn.Module):
             raise ValueError(f"gradient.shape={tuple(gradient.shape)} must be {tuple(image.shape)}, that of the image")
         plan = self._planned(images[0].shape, weights=True)
         network = self._network.bind(plan.image)
-        sinks = [_sink(gradient, i if len(image.shape) == 4 else None) for i in range(len(images))]
         scratch = Scratch(plan.scratch_bytes, self.scratch)
         tick = _Ticker(progress, plan, len(images))
         works = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
-        try:
-            guess = None if any(sinks) else self._guess(network, works)
-            if guess is not None:
-                for work in works:
-                    work.there_and_back(lambda: guess, mode="scatter", want_weights=True)
-            leaf = torch.cat([work.result() for work in works]).detach().requires_grad_()
-            with torch.enable_grad():
-                loss = _scalar(loss_fn(leaf.clone()))  # a clone, for the loss may write on it
-            (down,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True, retain_graph=True)
-            total = Weights()
+        guess = None if gradient is not None else self._guess(network, works)
+
+        def back(down: Tensor, _: Any) -> Iterable[Pass]:
             if guess is not None and _as_guessed(down, network):
                 for work, upstream in zip(works, down[:, None], strict=True):
                     work.scale(upstream)
-                    total.add(work)
-            else:
-                if guess is not None:
-                    works = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
-                    for work in works:
-                        work.result()
-                for work, upstream, sink in zip(works, down[:, None], sinks, strict=True):
-                    work.back(upstream, sink)
-                    total.add(work)
-                    work.close()
-            self.gone_back = sum(work.gone_back for work in works), sum(work.back_tiles() for work in works)
-            # all at once: a call that is cancelled leaves nothing behind, and hooks see the sum
-            parameters: list[Tensor] = [p for p in self.net.parameters() if p.requires_grad]
-            others = [p for p in _leaves(loss) if p is not leaf and not any(p is q for q in parameters)]
-            if any(p is image for p in others):
+                return works
+            if guess is not None:
+                works[:] = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
+                for work in works:
+                    work.result()
+            return each_back(works, down, gradient)
+
+        try:
+            if guess is not None:
+                for work in works:
+                    work.there_and_back(lambda: guess, mode="scatter", want_weights=True)
+            start = torch.zeros(0, device=network.device, requires_grad=True)  # there may be no parameters
+            with torch.enable_grad():
+                loss = _scalar(loss_fn(differentiable(network, works, self.net, start, back)))
+            inner = [start, *(leaf for work in works for leaf in work.leaves.values())]
+            leaves = [p for p in _leaves(loss) if not any(p is t for t in inner)]
+            if any(p is image for p in leaves):
                 raise ValueError("loss_fn reads the image, which wants a gradient; use loss(streamed(image)) instead")
-            parameters += others
-            self._add(parameters, total.gradients(network, parameters, loss))
+            # all at once: a call that is cancelled leaves nothing behind, and hooks see the sum
+            _, *found = torch.autograd.grad(loss, [start, *leaves], allow_unused=True)
+            self.gone_back = sum(work.gone_back for work in works), sum(work.back_tiles() for work in works)
+            self._add(leaves, found)
             return loss.detach()
         finally:
             for work in works:
@@ -331,24 +346,10 @@ class Streamed(nn.Module):
         limit = resident_bytes() + int(0.7 * plan.peak_bytes) if network.device.type == "cpu" else sys.maxsize
         return Pass(network, cut(network, plan.segments), source, scratch, tape=tape, tick=tick, limit_bytes=limit)
 
-    @as_it_stands
-    @reused_buffers()
-    def _forward(self, image: Source, keep: Scratch | None = None) -> tuple[Tensor, Pass]:
-        """The result, and the pass that made it, which can be gone back from if its maps are kept in `keep`."""
-        plan = self._planned(image.shape, weights=True) if keep else self._planned(image.shape, backward=False)
-        network = self._network.bind(plan.image)
-        work = self._pass(network, plan, image, scratch=keep)
-        try:
-            result = work.result()
-        except BaseException:
-            work.close()
-            raise
-        if not keep:
-            work.close()
-        return result, work
-
     def _images(self, image: Source, one: bool = False) -> list[Any]:
         """The images of a call, which begins here: the network is traced anew if it has changed since the last."""
+        if torch._C._are_functorch_transforms_active():
+            raise ValueError("torch.func transforms cannot be streamed; use loss.backward() or torch.autograd.grad")
         channels = self.network().channels
         if not hasattr(image, "shape"):
             raise ValueError(f"image is a {type(image).__name__}; give an array or tensor, ({channels}, H, W)")
@@ -376,44 +377,6 @@ class _Item:
         return block
 
 
-class _Run(torch.autograd.Function):
-    """One image through a streamed network, for autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, streamed: Streamed, scratch: Scratch, image: Tensor, *parameters: Tensor) -> Tensor:
-        result, ctx.work = streamed._forward(image.detach(), keep=scratch)
-        buffers = [b for b in streamed.net.buffers() if b.is_floating_point()]
-        ctx.save_for_backward(image, *parameters, *buffers)  # PyTorch tells when one is overwritten before `backward`
-        ctx.count = len(parameters)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("create_graph=True: gradients of gradients cannot be streamed")
-        return _Run.once(ctx, gradient)
-
-    @staticmethod
-    @as_it_stands
-    @reused_buffers()
-    def once(ctx: Any, gradient: Tensor) -> Any:
-        work: Pass = ctx.work
-        if work.used:
-            raise RuntimeError("this result was gone back from already; call the streamed network again")
-        image, *parameters = ctx.saved_tensors[: 1 + ctx.count]
-        if not all(p.requires_grad for p in parameters):
-            raise RuntimeError(
-                "a parameter was frozen between the forward pass and backward; freeze it before or after"
-            )
-        want = torch.empty_like(image) if ctx.needs_input_grad[2] else None
-        work.back(gradient, _sink(want, None))
-        total = Weights()
-        total.add(work)
-        found = total.gradients(work.network, parameters)
-        work.close()
-        return None, None, want, *found
-
-
 class _Ticker:
     """Counts tiles for a caller's progress(done, tiles); more sweeps than foreseen raise the total."""
 
@@ -439,8 +402,8 @@ def _leaves(loss: Tensor) -> list[Tensor]:
         if function is None or function in seen:
             continue
         seen.add(function)
-        if (variable := getattr(function, "variable", None)) is not None:
-            found[id(variable)] = variable
+        if type(function).__name__ == "AccumulateGrad" and function.variable.requires_grad:
+            found[id(function.variable)] = function.variable
         stack += [following for following, _ in function.next_functions]
     return list(found.values())
 
@@ -451,74 +414,8 @@ def _as_guessed(down: Tensor, network: Network) -> bool:
     return down.shape[1] == 1 or bool((down.sum(1).abs() <= tolerance).all())
 
 
-def _stamp(t: Tensor) -> Any:
-    """What tells a tensor from another, and from itself with other values: writes through `.data` count no version."""
-    if t.layout is not torch.strided or t.is_nested or t.is_conj():
-        return id(t)
-    version = -1 if t.is_inference() else t._version
-    return id(t), t.data_ptr(), version, t.dtype, t.device, t.requires_grad, _checksum(t)
-
-
-def _checksum(t: Tensor) -> int:
-    if t.device.type == "meta":
-        return 0
-    values: Any = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return zlib.crc32(values)
-
-
-def _settings(name: str, module: nn.Module) -> Any:
-    """What of a module the result may depend on, besides parameters and buffers. Globals that it reads are not seen."""
-    values = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
-    classes = [_frozen(dict(vars(c))) for c in type(module).__mro__ if not c.__module__.startswith("torch.")]
-    return name, id(module), type(module).forward, supported.has_hooks(module), _frozen(values), classes
-
-
-def _frozen(value: Any, depth: int = 8) -> Any:
-    """A value that equals another one's only if both hold the same."""
-    if isinstance(value, Tensor):
-        return _stamp(value)
-    if isinstance(value, np.ndarray):
-        if value.dtype.hasobject:
-            return value.shape, _frozen(value.tolist(), depth)
-        values: Any = np.ascontiguousarray(value).view(np.uint8)
-        return value.shape, value.dtype.str, zlib.crc32(values)
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, bytearray, np.generic)):
-        return type(value), repr(value)
-    if depth and isinstance(value, (list, tuple, set, frozenset, deque)):
-        return type(value), [_frozen(v, depth - 1) for v in value]
-    if depth and isinstance(value, dict):
-        return type(value), [(_frozen(k, depth - 1), _frozen(v, depth - 1)) for k, v in value.items()]
-    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, FunctionType)):
-        return _Same(value), _frozen(vars(value), depth - 1)
-    return _Same(value)
-
-
-class _Same:
-    """Equal to the same object alone, which it keeps from being forgotten."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 def _is_complex(image: Any) -> bool:
     return "complex" in str(getattr(image, "dtype", ""))  # a source need not tell
-
-
-def _sink(target: Any, index: int | None) -> Callable[[Region, Tensor], None] | None:
-    if target is None:
-        return None
-
-    def write(region: Region, values: Tensor) -> None:
-        place = (slice(None), slice(region.y0, region.y1), slice(region.x0, region.x1))
-        block: Any = values.to(target.dtype) if isinstance(target, Tensor) else values.contiguous().cpu().numpy()
-        target[place if index is None else (index, *place)] = block
-
-    return write
 
 
 def _given(work: Pass, target: int, upstream: Any) -> Tensor:

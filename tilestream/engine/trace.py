@@ -8,7 +8,10 @@ stands. A map that depends on a vector has to wait for that vector's reductions,
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -153,29 +156,90 @@ def _constant(value: Any, _: Mapping[str, Any]) -> Any:
     return value
 
 
-def trace(net: nn.Module, precision: Precision | None = None) -> Network:
+@dataclass(frozen=True)
+class Recorded:
+    """What torch.fx sees of a network's forward code.
+
+    `constants` are the parameters, buffers and other tensors that it reads, by target. `settings` equals
+    that of another recording of the same network only if the code did the same, whatever it read to decide what to do.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    settings: list[Any]
+
+
+_RECORDING = threading.RLock()
+"""torch.fx changes nn.Module itself while it records."""
+
+
+def record(net: nn.Module) -> Recorded:
+    """Runs the forward code of `net`, which must be in evaluation mode, on a stand-in for an image."""
+    for path, module in net.named_modules():
+        if module.training:
+            raise ValueError(f"the network is in train mode at {path or '(root)'}; call net.eval() first")
+    try:
+        with _RECORDING, unchanged(net), torch.enable_grad():
+            graph = _Tracer(param_shapes_constant=True).trace(net)
+            read = dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr")
+            constants = {name: operator.attrgetter(name)(net) for name in read}
+    except Exception as error:  # fx raises many kinds, all of them about the user's forward code
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{type(net).__name__}.forward cannot be traced by torch.fx: {why}") from error
+    settings: list[Any] = [(n.op, n.target, repr(n.args), repr(n.kwargs)) for n in graph.nodes]
+    parameters = set(map(id, net.parameters()))
+    settings += [(name, content(value)) for name, value in constants.items() if id(value) not in parameters]
+    settings += [_settings(path, module) for path, module in net.named_modules()]
+    return Recorded(graph, constants, settings)
+
+
+@contextmanager
+def unchanged(net: nn.Module) -> Iterator[None]:
+    """Takes away again what forward code leaves in its modules: maps, counters, constants of torch.fx."""
+    kept = [(d, dict(d)) for m in net.modules() for d in (vars(m), m._parameters, m._buffers, m._modules)]
+    try:
+        yield
+    finally:
+        for now, before in kept:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update({name: value for name, value in before.items() if now.get(name) is not value})
+
+
+def _settings(path: str, module: nn.Module) -> Any:
+    """What torch.fx does not see of a module: hooks, and the attributes of those that it does not look into."""
+    leaf = _Tracer().is_leaf_module(module, path)
+    own = {k: v for k, v in vars(module).items() if k[0] != "_"} if leaf else {}
+    plain = (bool, int, float, str, tuple, list, type(None))
+    seen = [(k, content(v) if isinstance(v, Tensor) else repr(v) if isinstance(v, plain) else v if callable(v) else 0)
+            for k, v in own.items()]  # fmt: skip
+    return path, type(module), type(module).forward, vars(module).get("forward"), supported.has_hooks(module), seen
+
+
+def content(t: Any) -> Any:
+    """What tells a tensor from one with other values: writes through `.data` count no version."""
+    if not isinstance(t, Tensor) or t.layout is not torch.strided or t.is_nested or t.is_conj():
+        return id(t), getattr(t, "_version", 0) if not getattr(t, "is_inference", bool)() else 0
+    if t.device.type == "meta":
+        return t.shape, t.dtype
+    values: Any = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return t.shape, t.dtype, t.requires_grad, zlib.crc32(values)
+
+
+def trace(net: nn.Module, precision: Precision | None = None, recorded: Recorded | None = None) -> Network:
     """Traces `net`, which must be in evaluation mode, and checks that every operation can be streamed exactly.
 
     Maps have the dtype of the parameters, or bfloat16 for `precision` "bf16".
 
     Raises ValueError that names the module's path and the operation, for anything else.
     """
-    for path, module in net.named_modules():
-        if module.training:
-            raise ValueError(f"the network is in train mode at {path or '(root)'}; call net.eval() first")
     if precision not in (None, "bf16"):
         raise ValueError(f"precision={precision!r} is not known; use 'bf16', or None for that of the parameters")
     dtypes = {p.dtype for p in net.parameters()}
     if len(dtypes) > 1 or torch.bfloat16 in dtypes:
         names = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"the network's parameters are {names}; call net.float() or net.double() first")
-    try:
-        with torch.enable_grad():
-            graph = _Tracer(param_shapes_constant=True).trace(net)
-    except Exception as error:  # fx raises many kinds, all of them about the user's forward code
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{type(net).__name__}.forward cannot be traced by torch.fx: {why}") from error
-    network = _Builder(net, graph).build()
+    network = _Builder(net, recorded or record(net)).build()
     network.map_dtype = torch.bfloat16 if precision == "bf16" else network.dtype
     for node in network.nodes:
         node.operation.cast(network.map_dtype)
@@ -195,6 +259,10 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.thread = threading.get_ident()
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if not torch.is_grad_enabled():
             raise ValueError("gradients are switched off inside it; switch them off around it, or use .detach()")
@@ -202,6 +270,14 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def call_module(self, module: nn.Module, forward: Callable[..., Any], *given: Any) -> Any:
+        if threading.get_ident() != self.thread:  # which runs a network beside this one
+            return forward(*given[0], **given[1])
+        return super().call_module(module, forward, *given)
+
+    def getattr(self, name: str, value: Any, cache: dict[str, fx.Proxy]) -> Any:
+        return super().getattr(name, value, cache) if threading.get_ident() == self.thread else value
 
 
 def check_vectors(network: Network, what: str) -> None:
@@ -254,12 +330,12 @@ def _fits(shape: torch.Size, layout: str, channels: int) -> bool:
 class _Builder:
     """Walks the recorded graph once, sorting its nodes into maps, reductions and vectors."""
 
-    def __init__(self, net: nn.Module, graph: fx.Graph) -> None:
-        self.net, self.graph = net, graph
+    def __init__(self, net: nn.Module, recorded: Recorded) -> None:
+        self.net, self.graph, self.constants = net, recorded.graph, recorded.constants
         self.modules = dict(net.named_modules())
         floats = (b for b in net.buffers() if b.is_floating_point())
         parameter = next(chain(net.parameters(), floats), torch.zeros(()))
-        inputs = [n for n in graph.nodes if n.op == "placeholder"]
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
         if len(inputs) != 1:
             raise ValueError(
                 f"{type(net).__name__}.forward takes {len(inputs)} inputs; a streamed network takes one image"
@@ -323,16 +399,13 @@ class _Builder:
         self.network.vectors.append(Vector(node.name, self._caller(node), level, static, read, writes))
 
     def _caller(self, node: fx.Node) -> Callable[[Mapping[str, Any]], Any]:
-        net, target = self.net, node.target
+        net, target, constants = self.net, node.target, self.constants
 
         def call(env: Mapping[str, Any]) -> Any:
             args: Any = fx.map_arg(node.args, lambda n: env[n.name])
             kwargs: Any = fx.map_arg(node.kwargs, lambda n: env[n.name])
             if node.op == "get_attr":
-                value: Any = net
-                for part in str(target).split("."):
-                    value = getattr(value, part)
-                return value
+                return constants[str(target)]
             if node.op == "call_module":
                 return net.get_submodule(str(target))(*args, **kwargs)
             if node.op == "call_method":
@@ -365,9 +438,8 @@ class _Builder:
     def _refuse_hidden_leaves(self, node: fx.Node) -> None:
         """Tensors that want gradients and are no parameters: nothing would bring them any."""
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            module = self.net.get_submodule(owner)
-            found = {} if name in module._parameters else {name: getattr(module, name)}
+            value = self.constants[str(node.target)]
+            found = {} if any(value is p for p in self.network.parameters) else {str(node.target): value}
         elif node.op == "call_module":
             module = self.target(node)
             found = {**module._buffers, **vars(module)}
@@ -574,10 +646,7 @@ class _Context:
             return None
         if source.op != "get_attr":
             raise ValueError("weights that the forward code computes cannot be streamed here")
-        value: Any = self.builder.net
-        for part in str(source.target).split("."):
-            value = getattr(value, part)
-        return value
+        return self.builder.constants[str(source.target)]
 
     def value(self, source: fx.Node) -> str:
         return self.builder.maps[source]
