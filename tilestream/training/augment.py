@@ -85,6 +85,13 @@ def check_flips_only(config: TrainingConfig) -> None:
             raise ValueError(f"{name}={value} cannot be applied to photographs that are read in windows; use 0")
 
 
+def check_none(config: TrainingConfig) -> None:
+    """ValueError for augmentation, which is for images alone."""
+    for name in ("flips", "rotation_deg", "colour"):
+        if value := getattr(config, name):
+            raise ValueError(f"{name}={value} cannot be applied to bags of descriptors; use {type(value)()}")
+
+
 def _rotate(images: Tensor, angle: Tensor) -> Tensor:
     """Rotate (N, C, H, W) by angles (N,) in radians, in pixels, whatever the aspect ratio."""
     height, width = images.shape[2:]

@@ -16,7 +16,7 @@ from tilestream.training.group import ALONE, Group
 
 
 class Examples(Protocol):
-    """Normalised images with labels; reading one may be slow and happens in several threads at once."""
+    """Normalised images, or bags of descriptors, with labels; reading one may be slow, and several threads do."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -25,7 +25,8 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any:
-        """(C, H, W) float32, the same shape for every index; for streaming, any shape, read in windows."""
+        """(C, H, W) float32, the same shape for every index; for streaming, any shape, read in windows; or a bag,
+        (n, D) float32, n descriptors from 0 up."""
 
 
 class Cached:
@@ -77,7 +78,7 @@ class Loader:
         batches = [self.order[places] for places in mine]
         read = read_batches(self._examples, batches, self._config.loader_threads, self._device)
         for places, (images, labels) in zip(mine, read, strict=True):
-            yield augment(images, self._config, self._epoch, places), labels
+            yield (augment(images, self._config, self._epoch, places) if images.ndim == 4 else images), labels
 
     def whole(self) -> Iterator[tuple[list[Flipped], Tensor]]:
         """The same with images that are read in windows, flipped at most."""
@@ -124,8 +125,10 @@ def read_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images (N, C, H, W) float32, channels last in memory, and labels (N,) for each batch of indices.
 
+    Bags come as (N, n, D), n that of the largest (1 at least); rows of NaN fill up the others.
+
     Raises:
-        ValueError: an example is not (C, H, W) float32, or not of its batch's shape.
+        ValueError: an example is not float32 (C, H, W) or (n, D), or not of its batch's shape.
     """
     labels = torch.from_numpy(np.asarray(examples.labels, dtype=np.int64))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -135,16 +138,26 @@ def read_batches(
             images = [future.result() for future in reading.popleft()]
             if number + 2 < len(batches):
                 reading.append([pool.submit(examples.__getitem__, int(i)) for i in batches[number + 2]])
+            bags = images[0].ndim == 2
             for index, image in zip(batch, images, strict=True):
-                if image.dtype != np.float32 or image.ndim != 3 or image.shape != images[0].shape:
+                same = image.shape[bags:] == images[0].shape[bags:]
+                if image.dtype != np.float32 or image.ndim not in (2, 3) or not same:
                     raise ValueError(
-                        f"example {index} is {image.dtype} {image.shape}, must be float32 (C, H, W), here "
-                        f"{images[0].shape}; bring all examples to one shape"
+                        f"example {index} is {image.dtype} {image.shape}, must be float32 (C, H, W), or a bag (n, D), "
+                        f"here {images[0].shape}; bring all examples to one shape"
                     )
-            stacked = torch.from_numpy(np.stack(images))
+            stacked = _padded(images) if bags else torch.from_numpy(np.stack(images))
             if device.type == "cuda":
                 stacked = stacked.pin_memory()
-            stacked = stacked.to(device, non_blocking=True, memory_format=torch.channels_last)
+            layout = torch.preserve_format if bags else torch.channels_last
+            stacked = stacked.to(device, non_blocking=True, memory_format=layout)
             yield stacked, labels[torch.from_numpy(batch)].to(device)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _padded(bags: Sequence[np.ndarray]) -> Tensor:
+    stacked = torch.full((len(bags), max(1, *map(len, bags)), bags[0].shape[1]), torch.nan)
+    for rows, bag in zip(stacked, bags, strict=True):
+        rows[: len(bag)] = torch.from_numpy(bag)
+    return stacked

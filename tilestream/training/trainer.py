@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tilestream.engine import Streamed
 from tilestream.training import checkpoint
-from tilestream.training.augment import check_flips_only
+from tilestream.training.augment import check_flips_only, check_none
 from tilestream.training.config import TrainingConfig
 from tilestream.training.group import ALONE, Group
 from tilestream.training.history import EpochRecord, History, area_under_curve
@@ -85,6 +85,8 @@ def fit(
     With `streamed`, `net` as `tilestream.stream` made it, examples are images of any size that are read in windows;
     gradients are exact, a batch is accumulated image by image, and the network stays in evaluation mode: batch
     normalisation keeps its statistics (its scale and shift are trained), dropout is off. Images are flipped at most.
+
+    Bags of descriptors, (n, D), come to the net as `read_batches` pads them, and are not augmented.
 
     Args:
         net: returns logits (N, classes).
@@ -191,6 +193,8 @@ def _check(
     with _mode(net, training=False), torch.no_grad():
         if streamed is None:
             images, _ = next(read_batches(train, [np.array([0])], 1, _device(net)))
+            if images.ndim == 3:
+                check_none(config)
         else:
             check_flips_only(config)
             images = torch.from_numpy(np.asarray(train[0][:, :256, :256]))[None].to(_device(net))
