@@ -27,7 +27,7 @@ class Bags:
 
 
 def make_bags(count, seed, one=6.0):
-    """Noise, up to 30 instances a bag and none in the first; of a positive bag one lies far out along the first axis."""
+    """Noise, up to 30 instances a bag, none in the first; of a positive bag one lies far out along the first axis."""
     rng = np.random.default_rng(seed)
     sizes, labels = rng.integers(0, 30, count), np.arange(count) % 2
     bags = []
