@@ -42,6 +42,21 @@ def test_roc_draws_every_curve():
         report.roc({})
 
 
+def test_lines_share_colours_and_scale_over_panels():
+    low, high = Curve([0, 1], [0.1, 0.2]), Curve([0, 1], [0.8, 0.9])
+    chart = report.lines({"one": {"A": low, "B": high}, "two": {"B": low}}, x_label="x", y_label="y")
+    left, right = (half for half in np.split(found(chart, BLUE), 2, axis=1))
+    assert left.sum() > 300
+    assert right.sum() == 0
+    left, right = (np.nonzero(half)[0] for half in np.split(found(chart, ORANGE), 2, axis=1))
+    assert np.median(right) - np.median(left) > 200, "0.15 lies far below 0.85 in the other panel"
+    named = report.lines({"": {"A": low}}, x_label="", y_label="", ticks=["fc", "stem"])
+    assert count(named, BLUE) > 300
+    for empty in ({}, {"one": {}}):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            report.lines(empty, x_label="x", y_label="y")
+
+
 @pytest.mark.parametrize("draw", [report.roc, lambda curves: report.precision_recall(curves, 0.4)])
 def test_a_band_is_shaded(draw):
     def area(low, high):

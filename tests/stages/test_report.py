@@ -40,8 +40,8 @@ EXTENT, CROP, WINDOW, STRIDE = (160, 240), 48, 64, 32
 LESION = (70, 80, 100, 110)
 """y0, y1, x0, x1 in photographs of grade 1 on; a's and b's label images are empty, h has none."""
 HEADINGS = [
-    "Results", "Calibration", "Decisions by grade", "Beside the paper", "Localisation", "Wrong decisions",
-    "Right decisions", "Training", "This run",
+    "Results", "Calibration", "Decisions by grade", "Beside the paper", "Localisation",
+    "Faithfulness of the maps", "Wrong decisions", "Right decisions", "Training", "This run",
 ]  # fmt: skip
 VERSIONS = {"torch": "2.0", "numpy": "2.0", "threads": 1}
 
@@ -95,11 +95,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(root / "localisation.json", {**localising.model_dump(mode="json"), **counts, **summed})
     loc._table(known.assign(split="test"), found).to_parquet(root / "localisation.parquet", index=False)
     evaluate(EvaluateConfig(), context)
+    curves = {"deletion": 0.3, "insertion": 0.6, "deletion_curve": [0.9, 0.1], "insertion_curve": [0.1, 0.9]}
+    blocks = [{"down_to": "fc", "spearman": 0.7}, {"down_to": "stem", "spearman": None}]
+    faithful = {"photographs": 3, "unhealthy": 2, "shares": [0, 1], "methods": ["guided"], "noise": curves}
+    write_json(root / "faithfulness.json", {**faithful, "guided": {**curves, "correlations": blocks}})
     saliency = {"border": 0.1, "border_rule": "circle"}
     settings = {
         "saliency_square": saliency, "saliency": saliency, "crops": {"centres": "saliency"},
         "windows": {"window_px": WINDOW}, "predict": {"crops": "crops", "windows": "windows"},
-        "localise": localising.model_dump(mode="json"),
+        "localise": localising.model_dump(mode="json"), "faithfulness": {"limit": 3},
     }  # fmt: skip
     for age, (name, config) in enumerate(settings.items()):
         path = root / "journal" / f"{name}.json"
@@ -173,7 +177,10 @@ def test_a_whole_run_has_every_section(place):
     assert "Stages that ran with another torch: saliency_square 2.0, saliency 2.0, crops 2.0" in html
     assert re.findall("<summary>(.*?)</summary>", html) == [
         "saliency_square (saliency)", "saliency", "crops", "windows", "predict", "localise",
+        "faithfulness",
     ]  # fmt: skip
+    assert {"deletion and insertion curves", "correlation with maps of fresh weights, by layer"} <= set(alts(html))
+    assert "Means over 3 squashed photographs, 2 of them unhealthy." in html
 
 
 @pytest.mark.parametrize(
@@ -182,6 +189,7 @@ def test_a_whole_run_has_every_section(place):
         ("metrics.json", {"Results", "Calibration", "Decisions by grade"}),
         ("tables.json", {"Beside the paper"}),
         ("localisation.json", {"Localisation"}),
+        ("faithfulness.json", {"Faithfulness of the maps"}),
         ("training/train.json", {"Training"}),
     ],
 )
@@ -280,7 +288,14 @@ def test_the_same_run_gives_the_same_page_and_is_skipped(place):
     assert not execute("report", STAGE, config, place)
     made = (place.run / "report.html").read_text()
     assert page(place, gallery=2) == made
-    for file in ("tables.json", "localisation.json", "windows.parquet", "candidates.parquet", "metrics.json"):
+    for file in (
+        "tables.json",
+        "localisation.json",
+        "faithfulness.json",
+        "windows.parquet",
+        "candidates.parquet",
+        "metrics.json",
+    ):
         shutil.copy(place.run / file, place.run / "kept")
         with (place.run / file).open("a") as opened:
             opened.write(" ")

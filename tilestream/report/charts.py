@@ -128,6 +128,30 @@ def rates(found: Mapping[str, Rates], *, x_label: str, y_label: str) -> bytes:
     return _png(figure)
 
 
+def lines(
+    panels: Mapping[str, Mapping[str, Curve]], *, x_label: str, y_label: str, ticks: Sequence[str] | None = None
+) -> bytes:
+    """Curves by name in panels by title, side by side on one scale; `ticks` name x = 0, 1 ... where x is no number.
+
+    The same name has the same colour in each panel. Raises ValueError where nothing is to be drawn.
+    """
+    _some(panels)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    _some(names)
+    figure, axes = _canvas(1.2 + 3.8 * len(panels), 3.9, columns=len(panels))
+    for each, (title, curves) in zip(axes, panels.items(), strict=True):
+        for name, curve in curves.items():
+            marker = "o" if ticks else ""
+            each.plot(curve.x, curve.y, label=f"{name}  {curve.text}", marker=marker, **_style(names.index(name)))
+        each.set(xlabel=x_label, ylabel=y_label)
+        each.set_title(title, color=INK, fontsize=10)
+        each.legend(frameon=False, fontsize=9)
+        each.sharey(axes[0])
+        if ticks:
+            each.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
+    return _png(figure)
+
+
 def training_curves(histories: Mapping[str, Sequence[Mapping[str, float | None]]]) -> bytes:
     """Losses (left) and AUCs (right) of each epoch, from one history a network: a record an epoch, in order.
 

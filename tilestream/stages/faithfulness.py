@@ -13,6 +13,7 @@ from pydantic import Field
 from tilestream.cluster import Job
 from tilestream.engine import stream
 from tilestream.methods import normalise_square, resize_square
+from tilestream.methods.crops import UNHEALTHY_FROM
 from tilestream.methods.faithfulness import deletion_insertion, randomised_correlations
 from tilestream.store import Store
 
@@ -23,6 +24,8 @@ from .split import chosen, path_of
 
 BLOCKS = 32
 """Blocks along the longer side that deletion and insertion exchange."""
+SHARES = np.linspace(0, 1, 33)
+"""Shares of a photograph at which their curves are kept."""
 
 
 class FaithfulnessConfig(StageConfig):
@@ -33,22 +36,30 @@ class FaithfulnessConfig(StageConfig):
         ["gradient", "guided"], description="ways of going backward to check"
     )
     target: int = Field(1, ge=0, description="the logit that is differentiated")
-    limit: int = Field(10, ge=1, description="photographs to check on, the first of the splits")
+    limit: int = Field(
+        10, ge=1, description="photographs to check on, the first of the splits, unhealthy ones before others: in the "
+        "others there is nothing to delete"
+    )  # fmt: skip
     splits: list[str] | None = Field(None, description="only photographs of these splits (default: all)")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of fresh weights and of the noise to compare with")
 
 
 def run(config: FaithfulnessConfig, context: Context) -> None:
-    """Writes faithfulness.json: by method deletion, insertion and correlations with maps of fresh weights, and noise.
+    """Writes faithfulness.json (S.json under the name S): photographs, unhealthy (of them), shares, and for each method
+    and for noise deletion, insertion, their curves, and correlations with maps of fresh weights.
 
-    Deletion and insertion are areas under the target's probability, means over photographs: a map is good whose
-    deletion lies below that of noise, and whose insertion above. `correlations`, Spearman's, should fall towards 0
-    the further down, from the logits to the stem, weights were drawn anew.
+    Deletion and insertion are areas under the target's probability by the share of the photograph that is exchanged
+    (`deletion_curve`, `insertion_curve`, at `shares`), means over photographs: a map is good whose deletion lies below
+    that of noise, and whose insertion above. `correlations`, Spearman's, should fall towards 0 the further down, from
+    the logits to the stem, weights were drawn anew.
     """
     model = read_model(context, config.model)
     if "average" not in model.preprocessing:
         raise ValueError(f"model={config.model!r} carries no square to squash to; give a network of squares")
-    path, ids = locate(context, config.model), list(chosen(context, config.splits, config.limit)["id"])
+    path, samples = locate(context, config.model), chosen(context, config.splits)
+    samples = samples.assign(ill=(samples["label"] >= UNHEALTHY_FROM).fillna(False).astype(bool))
+    samples = samples.sort_values("ill", ascending=False, kind="stable").head(config.limit)
+    ids = list(samples["id"])
     found: dict[str, dict[str, Any]] = {}
 
     def make(id: str) -> Job:
@@ -58,7 +69,10 @@ def run(config: FaithfulnessConfig, context: Context) -> None:
 
     run_jobs(context, context.name, ids, make, found.__setitem__)
     ordered = [found[id] for id in ids]
-    result: dict[str, Any] = {"photographs": len(ids), "noise": _means([f["noise"] for f in ordered])}
+    result: dict[str, Any] = {
+        "photographs": len(ids), "unhealthy": int(samples["ill"].sum()), "shares": SHARES.tolist(),
+        "methods": config.methods, "noise": _means([f["noise"] for f in ordered]),
+    }  # fmt: skip
     for method in config.methods:
         result[method] = _means([f[method] for f in ordered])
         by_block = result[method]["correlations"]
@@ -69,7 +83,7 @@ def run(config: FaithfulnessConfig, context: Context) -> None:
             f"{result['noise']['deletion']:.3f}), insertion {result[method]['insertion']:.3f} (noise "
             f"{result['noise']['insertion']:.3f}), correlation without weights {'-' if last is None else f'{last:.2f}'}"
         )
-    write_json(context.run / f"{context.name}.json", result)
+    write_json(result_path(context, context.name), result)
 
 
 def one(
@@ -93,17 +107,24 @@ def one(
 
 def _areas(streamed: Any, image: Any, values: Any, target: int) -> dict[str, Any]:
     deletion, insertion = deletion_insertion(streamed, image, values, target=target, blocks=BLOCKS)
-    return {"deletion": deletion.auc, "insertion": insertion.auc}
+    both = {"deletion": deletion, "insertion": insertion}
+    areas = {name: curve.auc for name, curve in both.items()}
+    read = {f"{name}_curve": np.interp(SHARES, c.shares, c.probabilities).tolist() for name, c in both.items()}
+    return {**areas, **read}
 
 
 def _means(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means of numbers, by name; of what is known of them, None where nothing is."""
+    """Means of numbers or curves, by name; of what is known of them, None where nothing is."""
     result: dict[str, Any] = {}
     for name, value in parts[0].items():
         values = [part[name] for part in parts]
         known = [v for v in values if v is not None]
-        result[name] = _means(values) if isinstance(value, dict) else float(np.mean(known)) if known else None
+        result[name] = _means(values) if isinstance(value, dict) else np.mean(known, axis=0).tolist() if known else None
     return result
+
+
+def result_path(context: Context, name: str) -> Path:
+    return context.run / f"{name}.json"
 
 
 def reads(config: FaithfulnessConfig, context: Context) -> Iterable[Path]:
@@ -111,7 +132,7 @@ def reads(config: FaithfulnessConfig, context: Context) -> Iterable[Path]:
 
 
 def writes(config: FaithfulnessConfig, context: Context) -> Iterable[Path]:
-    return [context.run / f"{context.name}.json"]
+    return [result_path(context, context.name)]
 
 
 STAGE = Stage("faithfulness", FaithfulnessConfig, run, reads, writes)

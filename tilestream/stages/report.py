@@ -17,10 +17,11 @@ from tilestream.report import Code, Picture, Section, Table
 from .base import Context, Stage, StageConfig
 from .crops import table_path
 from .evaluate import metrics_path
+from .faithfulness import result_path as faithfulness_path
 from .localise import result_path
 from .predict import decision_path, predictions_path
 from .report_gallery import Run, gallery
-from .report_results import comparison, localisation, results
+from .report_results import comparison, faithfulness, localisation, results
 from .saliency import candidates_path, centres_path
 from .tables import tables_path
 from .windows import windows_path
@@ -44,6 +45,7 @@ def run(config: ReportConfig, context: Context) -> None:
         *results(context),
         *comparison(context),
         *localisation(context, _stages(records, "localise")),
+        *faithfulness(context, _stages(records, "faithfulness")),
         *gallery(Run(context, records, config.width_px), config.gallery),
         *_training(context),
         *_run(context, records),
@@ -116,6 +118,7 @@ def reads(config: ReportConfig, context: Context) -> Iterable[Path]:
     tables += [
         result_path(context, name, end) for name in _stages(records, "localise") for end in (".json", ".parquet")
     ]
+    tables += [faithfulness_path(context, name) for name in _stages(records, "faithfulness")]
     record = context.run / "journal" / f"{shown.saliency}.json"
     training = sorted((context.run / "training").glob("*.json"))
     return [*tables, record, predictions_path(context), decision_path(context), metrics_path(context), *training]

@@ -16,6 +16,7 @@ from tilestream.report import Curve, KeyFigures, Picture, Rates, Section, Table
 
 from .base import Context, digest
 from .evaluate import columns, patient_groups, read_metrics, selected
+from .faithfulness import result_path as faithfulness_path
 from .localise import result_path
 from .predict import decision_path, predictions_path
 from .tables import interval as plain_interval
@@ -201,6 +202,54 @@ def localisation(context: Context, stages: list[str]) -> Iterator[Section]:
             f"the same border rule ({found['border_rule']}, {found['border']:g})."
         )
         yield Section(heading, intro, list(_found(found)))
+
+
+def faithfulness(context: Context, stages: list[str]) -> Iterator[Section]:
+    """Whether maps say what the network does, a section a faithfulness stage."""
+    for name in stages:
+        path = faithfulness_path(context, name)
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        if "shares" not in found:
+            context.say(f"report: {path.name} is of an older version and has no curves; delete it and run {name} again")
+            continue
+        heading = "Faithfulness of the maps" if len(stages) == 1 else f"Faithfulness of the maps: {name}"
+        intro = (
+            f"Means over {found['photographs']} squashed photographs, {found['unhealthy']} of them unhealthy. Deletion "
+            "blurs a map's highest places first, insertion brings them into the blurred photograph first. Where a map "
+            "says what the network looks at, the probability falls earlier, or rises earlier, than by a map of noise."
+        )
+        yield Section(heading, intro, list(_faithful(found)))
+
+
+def _faithful(found: dict[str, Any]) -> Iterator[Table | Picture]:
+    likeness = {method: [each["spearman"] for each in found[method]["correlations"]] for method in found["methods"]}
+    rows: list[list[Any]] = [
+        [name, found[name]["deletion"], found[name]["insertion"], *(values[i] for i in (0, -1))]
+        for name, values in {**likeness, "noise": [None]}.items()
+    ]
+    columns = ["map", "deletion", "insertion", "likeness without the last layer", "without any weights"]
+    note = (
+        "Deletion and insertion: areas under the curves; a good map has a low and a high one. Likeness: Spearman's "
+        "correlation with absolute maps of the network after its weights were drawn anew; it should fall to 0."
+    )
+    yield Table(columns, rows, note)
+    panels = {
+        which: {
+            name: Curve(found["shares"], found[name][f"{which}_curve"], f"{found[name][which]:.3f}")
+            for name in (*likeness, "noise")
+        }
+        for which in ("deletion", "insertion")
+    }
+    drawn = report.lines(panels, x_label="share exchanged", y_label="probability of “unhealthy”")
+    yield Picture(drawn, "Deletion and insertion, with their areas.", "deletion and insertion curves", chart=True)
+    blocks = [each["down_to"] for each in found[found["methods"][0]]["correlations"]]
+    curves = {name: Curve(range(len(blocks)), np.array(values, float)) for name, values in likeness.items()}
+    labels = {"x_label": "weights drawn anew, down to", "y_label": "Spearman's correlation"}
+    drawn = report.lines({"likeness": curves}, **labels, ticks=blocks)
+    caption = "Likeness of the maps when the network forgets, from the logits down."
+    yield Picture(drawn, caption, "correlation with maps of fresh weights, by layer", chart=True)
 
 
 def _found(found: dict[str, Any]) -> Iterator[Table | Picture]:
