@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.special import expit, logit
+from scipy.stats import binomtest, norm, rankdata
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from .bootstrap import DRAWS, Floats, Statistic, divided, interval
@@ -57,9 +58,9 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> AUC:
     variance = float(beaten.var(ddof=1) / (m * n**2) + lost_to.var(ddof=1) / (n * m**2))
     if variance == 0:
         return AUC(value, None, None, 0.0)
-    centre = math.log(value / (1 - value))
     reach = Z_95 * math.sqrt(variance) / (value * (1 - value))
-    return AUC(value, _logistic(centre - reach), _logistic(centre + reach), variance)
+    low, high = (float(expit(logit(value) + sign * reach)) for sign in (-1, 1))
+    return AUC(value, low, high, variance)
 
 
 def auc_interval(
@@ -213,17 +214,10 @@ def binary_measures(labels: ArrayLike, decisions: ArrayLike) -> dict[str, float 
 
 def wilson(successes: int, trials: int) -> tuple[float, float] | None:
     """Wilson's (1927) 95 % score interval of the proportion `successes / trials`; None when `trials` is 0."""
-    if not 0 <= successes <= trials:
-        raise ValueError(f"successes={successes} must lie in [0, trials={trials}]")
     if not trials:
         return None
-    share, square = successes / trials, Z_95**2 / trials
-    centre = share + square / 2
-    reach = math.sqrt(square * (share * (1 - share) + square / 4))
-    # At the ends of the scale the bound is exactly 0 or 1, which rounding would miss.
-    low = 0.0 if successes == 0 else (centre - reach) / (1 + square)
-    high = 1.0 if successes == trials else (centre + reach) / (1 + square)
-    return low, high
+    bounds = binomtest(successes, trials).proportion_ci(0.95, "wilson")
+    return float(bounds.low), float(bounds.high)
 
 
 def confusion_matrix(labels: ArrayLike, decisions: ArrayLike, classes: Sequence[int]) -> Integers:
@@ -296,12 +290,6 @@ def grade_measures(
     return {**result, "class_accuracies": class_accuracies(grades, decisions, classes)}
 
 
-def within_one_grade(labels: ArrayLike, decisions: ArrayLike) -> float:
-    """Share of decisions at most one grade from the label, in [0, 1]."""
-    grades, decided = _pair(labels, decisions)
-    return float(np.mean(np.abs(grades - decided) <= 1))
-
-
 def by_grade(grades: ArrayLike, decisions: ArrayLike, grade_count: int = 5) -> Integers:
     """Counts (2, grade_count) as in paper A's Table 4: rows decision (0 healthy, 1 unhealthy), columns grade.
 
@@ -320,8 +308,8 @@ def _placements(labels: Integers, scores: Floats) -> tuple[Floats, Floats]:
     """
     positive, negative = scores[labels == 1], scores[labels == 0]
     m = len(positive)
-    ranks = _midranks(np.concatenate([positive, negative]))
-    return ranks[:m] - _midranks(positive), m - (ranks[m:] - _midranks(negative))
+    ranks = rankdata(np.concatenate([positive, negative]))
+    return ranks[:m] - rankdata(positive), m - (ranks[m:] - rankdata(negative))
 
 
 def _stepped(labels: Integers, scores: Floats) -> Callable[[Floats], tuple[Floats, Floats]]:
@@ -368,17 +356,6 @@ def _groups(groups: ArrayLike | None, count: int) -> NDArray[np.generic]:
     if names.shape != (count,):
         raise ValueError(f"groups has shape {names.shape}, labels ({count},); they must be equal")
     return names
-
-
-def _midranks(values: Floats) -> Floats:
-    """Ranks from 1 of `values` (n,), ties sharing the mean of their ranks."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = (counts.cumsum() - (counts - 1) / 2)[group]
-    return ranks
-
-
-def _logistic(value: float) -> float:
-    return 0.5 + 0.5 * math.tanh(value / 2)  # unlike 1 / (1 + exp(-value)) it cannot overflow
 
 
 def _labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[Integers, Floats]:
