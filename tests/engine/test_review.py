@@ -646,13 +646,18 @@ def test_a_nan_is_an_error_where_the_result_is_a_map(mode, image):
         (lambda net, x: net.grey(x.mean(1, keepdim=True)), 3),
         (lambda net, x: net.conv(x[:, :3]) + net.grey(x[:, 3:]), 4),
         (lambda net, x: net.grey(x[:, 3:]) + net.conv(x[:, :3]), 4),
+        (lambda net, x: net.conv(x[:, :3]), 4),
+        (lambda net, x: net.grey(x.mean(1, keepdim=True)), 2),
+        (lambda net, x: net.grey(net.norm(x).mean(1, keepdim=True)), 5),
+        (lambda net, x: net.grey((x - net.shift).mean(1, keepdim=True)), 5),
     ],
 )
 def test_channels_of_the_image(equal, first, channels, whole, check_gradients):
     class First(Net):
         def __init__(self):
             super().__init__(nn.ReLU())
-            self.grey = nn.Conv2d(1, 4, 3, padding=1)
+            self.grey, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(5)
+            self.shift = nn.Parameter(torch.rand(1, 5, 1, 1))
 
         def forward(self, x):
             return self.fc(self.step(first(self, x)).mean((2, 3)))
@@ -906,3 +911,29 @@ def test_other_threads_run_networks_while_one_is_traced():
     finally:
         go.set()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda y: y.contiguous().relu_() * 2,
+        lambda y: torch.cat([F.relu(y[:, :2], inplace=True)] * 2, 1),
+    ],
+)
+def test_views_that_nobody_reads_afterwards_may_be_overwritten(equal, step):
+    equal(Net(step))
+
+
+def test_a_network_that_takes_no_batch(image):
+    class One(Net):
+        def forward(self, x):
+            y = self.conv(x)
+            return self.fc((y.permute(0, 2, 3, 1) * y.mean((2, 3))).permute(0, 3, 1, 2).mean((2, 3)))
+
+    net = One(nn.ReLU()).double().eval()
+    streamed = stream(net, tile=16)
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(image[None]), net(image[None]), rtol=1e-11, atol=1e-13)
+    for call in (streamed, lambda x: streamed.backward(x, torch.sum)):
+        with pytest.raises(ValueError, match=r"One.forward takes one image: The size of tensor a"):
+            call(torch.stack([image, image]))

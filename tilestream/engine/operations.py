@@ -165,7 +165,13 @@ class Pointwise(Operation):
         return self._effective() if self._effective else []
 
     def channels(self, *channels: int) -> int:
-        return self._channels(*channels) if self._channels else max(channels)
+        if self._channels:
+            return self._channels(*channels)
+        count = max(channels)
+        met = {*channels, *(len(w) for w in self.weights)}
+        if met - {1, count}:
+            raise ValueError(f"{' and '.join(map(str, sorted(met)))} channels meet")
+        return count
 
     def extent(self, *inputs: Extent) -> Extent:
         if len(set(inputs)) != 1:
@@ -291,7 +297,7 @@ class Convolution(Windowed):
         return [weight * scale[:, None, None, None], shift if bias is None else bias * scale + shift]
 
     def channels(self, *channels: int) -> int:
-        return self.conv.out_channels
+        return _out_channels(self.conv, channels[0])
 
     def flops(self, channels: int) -> int:
         return channels * 2 * self.weights[0][0].numel()
@@ -390,7 +396,7 @@ class TransposedConvolution(Operation):
         return [self.conv.weight] if self.conv.bias is None else [self.conv.weight, self.conv.bias]
 
     def channels(self, *channels: int) -> int:
-        return self.conv.out_channels
+        return _out_channels(self.conv, channels[0])
 
     def flops(self, channels: int) -> int:
         stride = pair(self.conv.stride)
@@ -543,6 +549,12 @@ def bordered(n: int, before: int, after: int, mode: str) -> Line:
     if mode == "circular":
         return Line(n, o % n)
     return Line(n, np.where(o < 0, -o, np.where(o >= n, 2 * (n - 1) - o, o)))
+
+
+def _out_channels(conv: nn.Conv2d | nn.ConvTranspose2d, channels: int) -> int:
+    if channels != conv.in_channels:
+        raise ValueError(f"reads {conv.in_channels} channels, not {channels}")
+    return conv.out_channels
 
 
 def frozen_norm(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,11 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.float16: 0.1}
 """Of the results' maximum; of gradients' norms ten times as much, for rounding flips rectifiers."""
 
 
-def check_against_plain(net: nn.Module, network: Network) -> None:
+def check_against_plain(net: nn.Module, network: Network) -> str:
     """ValueError where plain PyTorch gives other results, gradients of the image or of parameters than the engine.
 
-    And where it gives none at all that can be compared: NaN, or errors for images of every size.
+    And where it gives none at all that can be compared: NaN, or errors for images of every size. Returns why it takes
+    no batch, or nothing where it does.
     """
     why = "it gives NaN or infinity"
     for shape, image in product(SHAPES_PX, (torch.randn, torch.rand)):  # some take no negative values
@@ -48,12 +49,13 @@ def check_against_plain(net: nn.Module, network: Network) -> None:
             continue
         if not finite:
             continue
+        alone = ""
         try:
             _is_finite(net, images)
-        except Exception:  # it takes one image at a time
-            images = images[:1]
+        except Exception as error:
+            images, alone = images[:1], str(error).partition("\n")[0] or type(error).__name__
         _compare(net, bound, images)
-        return
+        return alone
     raise ValueError(
         f"{type(net).__name__}.forward takes no image of noise, from {SHAPES_PX[0]} to {SHAPES_PX[-1]} px, on which it "
         f"could be compared with plain PyTorch: {why}"

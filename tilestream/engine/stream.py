@@ -90,7 +90,8 @@ class Streamed(nn.Module):
                 network = trace(self.net, self.precision, recorded)
                 if self._stamp is None or stamp[1] != self._stamp[1]:
                     with unchanged(self.net):
-                        check_against_plain(self.net, trace(self.net, None, recorded) if self.precision else network)
+                        plain = trace(self.net, None, recorded) if self.precision else network
+                        self._alone = check_against_plain(self.net, plain)
                     if (roused := awake(self.net)) is not None:
                         check_against_plain(roused, trace(roused))
                     trim()
@@ -118,19 +119,19 @@ class Streamed(nn.Module):
         predicted time unless given. Raises ValueError when the budget is too small (got, needed and the smallest
         that works) or the image is.
         """
-        self.network()
-        return self._planned(shape, reduce, method, weights, mode, backward, out)
+        network = self.network() if len(shape) == 2 else self._fitting(shape)
+        return self._planned(network, shape, reduce, method, weights, mode, backward, out)
 
     def _planned(
-        self, shape: Sequence[int], reduce: Reduce | None = "mean", method: str = "gradient", weights: bool = False,
-        mode: Mode | None = None, backward: bool = True, out: bool = False,
+        self, network: Network, shape: Sequence[int], reduce: Reduce | None = "mean", method: str = "gradient",
+        weights: bool = False, mode: Mode | None = None, backward: bool = True, out: bool = False,
     ) -> Plan:  # fmt: skip
-        """`plan` by the network as it was traced last."""
+        """`plan` of a network as it was traced."""
         check(method, reduce)
-        if method != "gradient" and self._network.clamped:
+        if method != "gradient" and network.clamped:
             raise ValueError(f"method={method!r} clamps gradients at rectifiers on maps; this network has others "
                              "behind its pooling")  # fmt: skip
-        network = self._network.bind((int(shape[-2]), int(shape[-1])))
+        network = network.bind((int(shape[-2]), int(shape[-1])))
         if mode is None:
             modes: list[Mode] = ["scatter"] if weights or not backward else ["gather"]
             if (
@@ -148,7 +149,7 @@ class Streamed(nn.Module):
             )
         if weights and modes != ["scatter"]:
             raise ValueError("gradients of weights come by mode='scatter'")
-        key = (network.extents[network.image], reduce == "mean", tuple(modes), weights, backward, out)
+        key = (network.channels, network.extents[network.image], reduce == "mean", tuple(modes), weights, backward, out)
         if key not in self._plans:
             plans, errors = [], []
             for each in modes:
@@ -181,17 +182,17 @@ class Streamed(nn.Module):
         `image` is (C, H, W) or (N, C, H, W), cast, not scaled. A tensor gives a result that autograd can go back from,
         to the image and to the weights, by streaming.
         """
-        images = self._images(image)
+        network, images = self._images(image)
         wanted = any(t.requires_grad for t in [image, *self.net.parameters()] if isinstance(t, Tensor))
         track = isinstance(image, Tensor) and torch.is_grad_enabled() and wanted
-        return self._run(images, image if track else None)
+        return self._run(network, images, image if track else None)
 
     @as_it_stands
     @reused_buffers()
-    def _run(self, images: list[Any], image: Any) -> Tensor:
+    def _run(self, network: Network, images: list[Any], image: Any) -> Tensor:
         """The results of all images, with a history that goes back to `image`, which holds them, unless it is None."""
-        plan = self._planned(images[0].shape, weights=image is not None, backward=image is not None)
-        network, scratch = self._network.bind(plan.image), Scratch(plan.scratch_bytes, self.scratch)
+        plan = self._planned(network, images[0].shape, weights=image is not None, backward=image is not None)
+        network, scratch = network.bind(plan.image), Scratch(plan.scratch_bytes, self.scratch)
         works = [self._pass(network, plan, each, scratch=scratch) for each in images]
         try:
             if image is not None:
@@ -234,9 +235,9 @@ class Streamed(nn.Module):
             target = operator.index(target)
         except TypeError:
             raise ValueError(f"target={target!r} must be the number of a logit, an int") from None
-        (source,) = self._images(image, one=True)
-        plan = self._planned(source.shape, reduce, method, mode=mode, out=out is not None)
-        network = self._network.bind(plan.image)
+        network, (source,) = self._images(image, one=True)
+        plan = self._planned(network, source.shape, reduce, method, mode=mode, out=out is not None)
+        network = network.bind(plan.image)
         shape = plan.image if reduce is not None else (network.channels, *plan.image)
         if out is not None and tuple(out.shape) != shape:
             raise ValueError(f"out.shape={tuple(out.shape)} must be {shape}, the shape of the saliency map")
@@ -272,11 +273,11 @@ class Streamed(nn.Module):
         `image` is (C, H, W) or (N, C, H, W); `loss_fn` takes the logits (N, num_classes), or the map (N, C, h, w), and
         gives a scalar. `gradient`, an array of the image's shape, gets the gradient of the image as well.
         """
-        images = self._images(image)
+        network, images = self._images(image)
         if gradient is not None and tuple(gradient.shape) != tuple(image.shape):
             raise ValueError(f"gradient.shape={tuple(gradient.shape)} must be {tuple(image.shape)}, that of the image")
-        plan = self._planned(images[0].shape, weights=True)
-        network = self._network.bind(plan.image)
+        plan = self._planned(network, images[0].shape, weights=True)
+        network = network.bind(plan.image)
         scratch = Scratch(plan.scratch_bytes, self.scratch)
         tick = _Ticker(progress, plan, len(images))
         works = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
@@ -346,23 +347,33 @@ class Streamed(nn.Module):
         limit = resident_bytes() + int(0.7 * plan.peak_bytes) if network.device.type == "cpu" else sys.maxsize
         return Pass(network, cut(network, plan.segments), source, scratch, tape=tape, tick=tick, limit_bytes=limit)
 
-    def _images(self, image: Source, one: bool = False) -> list[Any]:
-        """The images of a call, which begins here: the network is traced anew if it has changed since the last."""
+    def _images(self, image: Source, one: bool = False) -> tuple[Network, list[Any]]:
+        """The images of a call, which begins here, and the network as it is now."""
         if torch._C._are_functorch_transforms_active():
             raise ValueError("torch.func transforms cannot be streamed; use loss.backward() or torch.autograd.grad")
-        channels = self.network().channels
         if not hasattr(image, "shape"):
-            raise ValueError(f"image is a {type(image).__name__}; give an array or tensor, ({channels}, H, W)")
+            raise ValueError(f"image is a {type(image).__name__}; give an array or tensor, (C, H, W)")
         shape = tuple(image.shape)
         if len(shape) == 4 and not shape[0]:
             raise ValueError(f"image.shape={shape} holds no image; give at least one")
         if _is_complex(image):
             raise ValueError(f"image.dtype={image.dtype} is complex; give real values")  # type: ignore[attr-defined]
-        if len(shape) not in (3, 4) or shape[-3] != channels or (one and len(shape) == 4 and shape[0] != 1):
-            raise ValueError(f"image.shape={shape} must be ({channels}, H, W)")
+        network = self._fitting(shape, one)
         if len(shape) == 3:
-            return [image]
-        return [image[i] if isinstance(image, Tensor) else _Item(image, i) for i in range(shape[0])]
+            return network, [image]
+        if shape[0] > 1 and self._alone:
+            raise ValueError(f"image.shape={shape}: {type(self.net).__name__}.forward takes one image: {self._alone}")
+        return network, [image[i] if isinstance(image, Tensor) else _Item(image, i) for i in range(shape[0])]
+
+    def _fitting(self, shape: Sequence[int], one: bool = False) -> Network:
+        """The network for images of this shape; ValueError where it takes none such."""
+        network = self.network()
+        try:
+            if len(shape) in (3, 4) and not (one and len(shape) == 4 and shape[0] != 1):
+                return network if shape[-3] == network.channels else network.of(shape[-3])
+        except ValueError:
+            pass
+        raise ValueError(f"image.shape={tuple(shape)} must be ({network.channels}, H, W)")
 
 
 class _Item:

@@ -97,6 +97,21 @@ class Network:
     def channels_of(self) -> dict[str, int]:
         return {self.image: self.channels, **{n.name: n.channels for n in self.nodes}}
 
+    def of(self, channels: int) -> Network:
+        """The network for images of so many channels; ValueError says what reads another number."""
+        known, nodes = {self.image: channels}, []
+        for node in self.nodes:
+            try:
+                known[node.name] = node.operation.channels(*(known[name] for name in node.inputs))
+            except ValueError as error:
+                raise ValueError(f"image of {channels} channels: {node.path or node.name}: {error}") from None
+            nodes.append(replace(node, channels=known[node.name]))
+        reductions = {name: replace(r, channels=known[r.source]) for name, r in self.reductions.items()}
+        network = replace(self, channels=channels, nodes=nodes, reductions=reductions)
+        if not any(v.static for v in self.vectors):  # else once the image's extent is known
+            check_vectors(network, "the network")
+        return network
+
     def strides(self) -> dict[str, Stride]:
         return {self.image: (1, 1), **{n.name: n.stride for n in self.nodes}}
 
@@ -347,8 +362,8 @@ class _Builder:
         """Maps whose positions were flattened into one dimension."""
         self.arranged: dict[fx.Node, supported.Arrangement] = {}
         """Maps that the code sees with their dimensions in another order, or their channels in groups."""
-        self.views: set[str] = set()
-        """Maps that share memory with another one in the user's code: both change when one is overwritten."""
+        self.views: dict[str, str] = {}
+        """Maps that share memory with others in the user's code, by one of them: all change when one is overwritten."""
         self.tuples: dict[fx.Node, list[str]] = {}
         self.levels: dict[str, int] = {image: 0}
         self.static: set[fx.Node] = set()
@@ -377,10 +392,7 @@ class _Builder:
                     raise self.refusal(node, str(error)) from error
         self._prune()
         self.network.nodes.sort(key=lambda n: n.level)
-        self._measure()
-        if not any(v.static for v in self.network.vectors):  # else once the image's extent is known
-            check_vectors(self.network, type(self.net).__name__)
-        return self.network
+        return self._measured()
 
     def target(self, node: fx.Node) -> Any:
         return self.modules[str(node.target)] if node.op == "call_module" else node.target
@@ -482,48 +494,35 @@ class _Builder:
         if not network.reductions and network.output not in known:
             raise ValueError(f"{type(self.net).__name__}.forward does not depend on its input")
 
-    def _measure(self) -> None:
-        """Channels and strides of all maps."""
+    def _measured(self) -> Network:
+        """With strides and channels: three of the image, where that is one of several answers, else the fewest."""
         network = self.network
-        known = (Convolution, TransposedConvolution)
-        first = next((n for n in network.nodes if isinstance(n.operation, known)), None)
-        if first is None:
+        if not any(isinstance(n.operation, (Convolution, TransposedConvolution)) for n in network.nodes):
             raise ValueError(
                 f"{type(self.net).__name__} has no convolution, so the number of input channels is not known"
             )
-        assert isinstance(first.operation, known)
-        network.channels = self._image_channels(first.path or first.name, first.operation.conv.in_channels)
-        channels = {network.image: network.channels}
         strides: dict[str, Stride] = {network.image: (1, 1)}
         for node in network.nodes:
             y, x = strides[node.inputs[0]]
             step = supported.step(node.operation)
-            node.channels = channels[node.name] = node.operation.channels(*(channels[name] for name in node.inputs))
             node.stride = strides[node.name] = (supported.whole(y * step[0]), supported.whole(x * step[1]))
-        for reduction in network.reductions.values():
-            reduction.channels = channels[reduction.source]
-
-    def _image_channels(self, first: str, wanted: int) -> int:
-        """How many the image must have for all convolutions to read as many as they do.
-
-        Three, where that is one of several answers, as in a network that makes its image grey; else the fewest.
-        """
-        why = ""
-        count: int
-        for count in (3, *range(1, MOST_CHANNELS)):
-            channels = {self.network.image: count}
+        unfit: list[ValueError] = []
+        met: list[ValueError] = []
+        for count in dict.fromkeys((3, *range(1, MOST_CHANNELS))):
             try:
-                for node in self.network.nodes:
-                    given = [channels[name] for name in node.inputs]
-                    conv = getattr(node.operation, "conv", None)
-                    if conv is not None and given[0] != conv.in_channels:
-                        break
-                    channels[node.name] = node.operation.channels(*given)
-                else:
-                    return count
-            except ValueError as error:  # fewer than it cuts out
-                why = why or str(error)
-        raise ValueError(why or f"{first}: no number of image channels gives it the {wanted} that it reads")
+                return network.of(count)
+            except ValueError as error:
+                (unfit if str(error).startswith("image of ") else met).append(error)
+            if len(met) > 8:  # vectors do not fit, whatever the maps are
+                break
+        raise (met or unfit)[0]
+
+    def seen_through(self, value: str, node: fx.Node) -> bool:
+        """Whether anything after `node` reads another map that shares memory with `value`."""
+        root = self.views.get(value)
+        others = {name for name, shared in self.views.items() if shared == root and name != value}
+        read = {n: {name} for n, name in self.maps.items()} | {n: set(names) for n, names in self.tuples.items()}
+        return any(names & others and any(user > node for user in n.users) for n, names in read.items())
 
     def path(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -593,12 +592,12 @@ class _Context:
         builder, own = self.builder, name or self.node.name
         values = tuple(i if isinstance(i, str) else builder.maps[i] for i in inputs)
         level = max([builder.levels[v] for v in values] + [builder.levels[v] for v in vectors if v in builder.levels])
-        if overwrites and values[0] in builder.views:
+        if overwrites and builder.seen_through(values[0], self.node):
             raise ValueError("overwrites a map of which another value is a view; use the form that is not in place")
         if overwrites:  # who reads the input from now on, under whatever name, sees the result
             builder.maps.update({other: own for other, value in builder.maps.items() if value == values[0]})
         if view:
-            builder.views |= {own, values[0]}
+            builder.views[own] = builder.views.setdefault(values[0], values[0])
         builder.levels[own] = level
         self.network.linear &= not vectors
         self.network.nodes.append(
