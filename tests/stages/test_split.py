@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tilestream.stages import ClusterConfig, Context, execute
 from tilestream.stages.pipeline import STAGES
+from tilestream.stages.split import eyes_apart
 from tilestream.store import Store
 from tilestream.training import splits
 
@@ -66,3 +67,18 @@ def test_eyes_and_copies_stay_on_one_side(eyepacs, tmp_path, monkeypatch):
     # the negative control: without groups some are torn apart
     monkeypatch.setattr(splits, "groups", lambda samples: np.arange(len(samples)))
     assert torn(sides(eyepacs, tmp_path / "control", 0))
+
+
+def test_pairs_of_eyes_that_are_two_patients_are_told(eyepacs, tmp_path):
+    """EyePACS' own names, ingested as any CSV: the split would put a patient's eyes on two sides, in silence."""
+    samples = eyepacs.samples()
+    assert eyes_apart(samples) == []
+    alone = samples.assign(patient=samples["id"])
+    assert eyes_apart(alone) == sorted(map(str, range(1, PATIENTS + 1)))
+    assert eyes_apart(alone.assign(id=alone["id"].str.replace("_", "-"))) == []
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "samples", lambda self: alone)
+        with Context(tmp_path, eyepacs.path, console=Console(file=said, soft_wrap=True)) as context:
+            STAGES["split"].run(STAGES["split"].config(), context)
+    assert "warning: photographs named 1_left and 1_right, and 15 more pairs" in said.getvalue()

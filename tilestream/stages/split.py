@@ -9,6 +9,7 @@ import pandas as pd
 from pydantic import Field
 
 from tilestream.training import groups, split
+from tilestream.training.splits import SPLITS, UNLABELLED
 
 from .base import Context, Stage, StageConfig, replacing
 
@@ -25,9 +26,21 @@ def run(config: SplitConfig, context: Context) -> None:
     samples = context.store.samples()
     table = split(samples, config.fractions, config.seed)
     write_table(path_of(context), table)
-    counts = table.groupby("split", sort=False).size()
-    said = ", ".join(f"{name} {count}" for name, count in counts.items())
+    counts = table["split"].value_counts()
+    said = ", ".join(f"{counts[name]} {name}" for name in (*SPLITS, UNLABELLED) if name in counts)
     context.say(f"split: {said}; {len(set(groups(samples)))} groups that share no patient and no file")
+    if apart := eyes_apart(samples):
+        context.say(
+            f"split: warning: photographs named {apart[0]}_left and {apart[0]}_right, and {len(apart) - 1} more pairs, "
+            "are stored as two patients' and may lie on two sides; ingest with --adapter eyepacs or --patient-column"
+        )
+
+
+def eyes_apart(samples: pd.DataFrame) -> list[str]:
+    """Names without eye, like 10, of pairs like 10_left and 10_right that are stored as two patients'."""
+    names = samples["id"].astype("string").str.extract(r"(.+)_(?:left|right)$", expand=False)
+    patients = samples.groupby(names)["patient"].nunique()
+    return [str(name) for name in patients.index[patients > 1]]
 
 
 def path_of(context: Context) -> Path:
