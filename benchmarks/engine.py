@@ -72,10 +72,15 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     for _ in range(options.repeats):
         for variant, results in runs.items():
             if options.device == "cuda":
-                results.append(measure(variant, options.task, options.net, (height, width), options.threads, "cuda"))
+                try:
+                    results.append(
+                        measure(variant, options.task, options.net, (height, width), options.threads, "cuda")
+                    )
+                except MemoryError as error:
+                    print(f"{variant}: {error}")
             else:
                 results.append(_child(variant, options))
-    rows = [{"variant": variant, **_medians(results)} for variant, results in runs.items()]
+    rows = [{"variant": variant, **_medians(results)} for variant, results in runs.items() if results]
     where = "one GPU" if options.device == "cuda" else f"{options.threads} threads"
     caption = f"{options.task}, {options.net}, {options.size}, float32, {where}, "
     _print(rows, f"{caption}median of {options.repeats}")
@@ -140,13 +145,13 @@ def measure(
         plan = streamed.plan(image.shape, weights=weights, method=method)
         call = (lambda a: streamed.backward(a, loss)) if weights else lambda a: streamed.saliency(a, method=method)
     # libraries load before the clock starts; on a GPU kernels are chosen and compiled, too
-    call(image if device == "cuda" else np.ascontiguousarray(image[:, :256, :256]))
+    watched(lambda: call(image if device == "cuda" else np.ascontiguousarray(image[:, :256, :256])), device)
     net.zero_grad()
     results: list[Any] = []
     seconds, bytes_ = watched(lambda: results.append(call(image)), device)
     error = 0.0
     if "bf16" in variant and task == "saliency":
-        want = ts.stream(net, memory="2 GiB").saliency(image).numpy()
+        want = ts.stream(net, memory="4 GiB").saliency(image).numpy()
         got = results[0].numpy() if streamed else results[0][0].mean(0).cpu().numpy()
         error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
     return {
@@ -168,7 +173,10 @@ def watched(call: Callable[[], Any], device: str = "cpu") -> tuple[float, int]:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held, started = torch.cuda.memory_allocated(), time.perf_counter()
-        call()
+        try:
+            call()
+        except torch.cuda.OutOfMemoryError:
+            raise MemoryError("does not fit the GPU") from None
         torch.cuda.synchronize()
         return time.perf_counter() - started, torch.cuda.max_memory_allocated() - held
     import psutil

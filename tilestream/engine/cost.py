@@ -35,6 +35,8 @@ GPU = Rates(3e13, 1e12, 1e12, 2e11, 5e-5)
 """One H200, maps in its memory."""
 SLACK, FIXED_BYTES = 1.4, 32 * 2**20
 """What the tensors' sizes do not show: kernels' packed weights and scratch, holes between buffers. Measured."""
+WORKSPACE_BYTES = 5 * 2**29
+"""What cuDNN takes on a GPU for deterministic float32, whatever the tile: 2.3 GiB were seen; for bfloat16 none."""
 KERNEL_BYTES, KERNELS, KERNEL_S = 104 * 2**10, 1024, 1.5e-3
 """oneDNN compiles a kernel for every shape that a convolution met, and keeps so many. Measured."""
 LOOK_S = 1e-4
@@ -128,7 +130,8 @@ class Costs:
         sums = 0  # gradients of weights: of this segment's from one tile, of all from the tiles before
         for group in (nodes, self.network.nodes) if self.want_weights else ():
             sums += sum(w.numel() for n in group for w in n.operation.weights) * self.itemsize
-        fixed = FIXED_BYTES + 2 * weights + sums
+        workspace = 0 if self.on_cpu or self.itemsize == 2 else WORKSPACE_BYTES
+        fixed = FIXED_BYTES + workspace + 2 * weights + sums
         return Cost(int(peak * SLACK) + fixed, kernels * KERNEL_BYTES, flops, seconds)
 
     def _bytes(self, name: str, areas: Areas) -> int:

@@ -1,4 +1,4 @@
-"""Maps of whole images that a pass keeps between sweeps: on the device while a budget lasts, in unnamed files beyond."""
+"""Maps of whole images that a pass keeps between sweeps: on the device while a budget lasts, in files beyond."""
 
 from __future__ import annotations
 

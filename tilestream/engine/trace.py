@@ -237,6 +237,11 @@ def content(t: Any) -> Any:
         return id(t), getattr(t, "_version", 0) if not getattr(t, "is_inference", bool)() else 0
     if t.device.type == "meta":
         return t.shape, t.dtype
+    if t.is_cuda:  # there: a sum with odd factors by position
+        bits = t.detach().contiguous().view(-1)
+        bits = bits.view({1: torch.uint8, 2: torch.int16}.get(t.element_size(), torch.int32))
+        odd = torch.arange(1, 2 * len(bits), 2, device=t.device).to(bits.dtype)
+        return t.shape, t.dtype, t.requires_grad, int((bits * odd).sum(dtype=torch.int64))
     values: Any = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return t.shape, t.dtype, t.requires_grad, zlib.crc32(values)
 
