@@ -69,17 +69,18 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     others = [v for v in known[options.task] if v not in options.skip.split(",")]
     others += [f"{PEER}{tile}" for tile in tiles.split(",") if tile]
     runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in [*others, *options.budgets.split(",")]}
-    for _ in range(options.repeats):
+    for repeat in range(options.repeats):
         for variant, results in runs.items():
-            if options.device == "cuda":
+            if options.device == "cpu":
+                results.append(_child(variant, options))
+            elif repeat == 0:
                 try:
-                    results.append(
-                        measure(variant, options.task, options.net, (height, width), options.threads, "cuda")
-                    )
+                    row = measure(variant, options.task, options.net, (height, width), 1, "cuda", options.repeats)
                 except MemoryError as error:
                     print(f"{variant}: {error}")
-            else:
-                results.append(_child(variant, options))
+                    continue
+                results.append(row)
+                print(f"{variant}: {row['seconds']:.3f} s, {row['bytes'] / 2**20:.0f} MiB", flush=True)
     rows = [{"variant": variant, **_medians(results)} for variant, results in runs.items() if results]
     where = "one GPU" if options.device == "cuda" else f"{options.threads} threads"
     caption = f"{options.task}, {options.net}, {options.size}, float32, {where}, "
@@ -119,7 +120,7 @@ def _lines(path: str) -> list[str]:
 
 
 def measure(
-    variant: str, task: str, name: str, size: tuple[int, int], threads: int, device: str = "cpu"
+    variant: str, task: str, name: str, size: tuple[int, int], threads: int, device: str = "cpu", repeats: int = 1
 ) -> dict[str, float]:
     """One variant in this process: seconds, bytes above the bare process, predicted bytes, overhead, useful GFLOP/s."""
     import numpy as np
@@ -148,7 +149,8 @@ def measure(
     watched(lambda: call(image if device == "cuda" else np.ascontiguousarray(image[:, :256, :256])), device)
     net.zero_grad()
     results: list[Any] = []
-    seconds, bytes_ = watched(lambda: results.append(call(image)), device)
+    times, peaks = zip(*(watched(lambda: results.append(call(image)), device) for _ in range(repeats)), strict=True)
+    seconds, bytes_ = statistics.median(times), max(peaks)
     error = 0.0
     if "bf16" in variant and task == "saliency":
         want = ts.stream(net, memory="4 GiB").saliency(image).numpy()
