@@ -71,8 +71,15 @@ def test_more_crops_than_candidates_are_refused(run_of):
 def test_random_centres_of_training_crops_obey_the_rule(run_of, made, tmp_path, rule):
     run_of("crops", size_px=16, per_image=2, select="training", border_rule=rule, border=0.2, seed=3)
     table = pd.read_parquet(tmp_path / "crops.parquet")
-    healthy = table[table["label"] == 0]
-    assert len(healthy) >= 4
+    held_out = table[(table["label"] == 0) & (table["split"] == "validation")]
+    candidates = pd.read_parquet(tmp_path / "candidates.parquet").set_index(["id", "rank"])
+    assert len(held_out) >= 1
+    for row in held_out.itertuples():  # as at the decision
+        place = candidates.loc[(row.id, row.rank)]
+        region = crop_region((301, 397), (int(place["y_px"]), int(place["x_px"])), 16)
+        assert (row.y0_px, row.x0_px) == (region.y0, region.x0)
+    healthy = table[(table["label"] == 0) & (table["split"] == "train")]
+    assert len(healthy) >= 2
     assert len(healthy) == 2 * healthy["id"].nunique()
     assert not healthy.duplicated(["id", "y0_px", "x0_px"]).any()
     for row in healthy.itertuples():

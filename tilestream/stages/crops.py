@@ -40,7 +40,9 @@ class CropsConfig(StageConfig):
         description="every photograph with a centre; or, for training, paper A's choice: grade 0 (by `healthy`) "
         "and the grades in `unhealthy_grades`",
     )
-    healthy: Literal["random", "saliency"] = Field("random", description="centres of grade 0 for select=training")
+    healthy: Literal["random", "saliency"] = Field(
+        "random", description="centres of grade 0 in the training split, for select=training"
+    )
     unhealthy_grades: list[int] = Field(
         [3, 4], description="grades, from 2 on, whose crops are examples of the unhealthy class"
     )
@@ -96,7 +98,9 @@ def plan_crops(config: CropsConfig, context: Context) -> pd.DataFrame:
         learnt = (samples["split"] == "train") & (samples["label"].isin([0, *config.unhealthy_grades]))
         samples = samples[learnt | ((samples["split"] == "validation") & samples["label"].notna())]
         if config.healthy == "random":
-            healthy = samples[samples["label"] == 0]
+            # validation photographs at their highest point, as at the decision: with random healthy crops the network
+            # that tells places apart, not eyes, would be the best
+            healthy = samples[(samples["label"] == 0) & (samples["split"] == "train")]
             centres = pd.concat([centres[~centres["id"].isin(healthy["id"])], _random(config, context, healthy)])
     samples = samples.merge(centres, on="id").sort_values(["id", "rank"], ignore_index=True)
     ids = list(samples["id"].unique())
