@@ -19,12 +19,16 @@ class SplitConfig(StageConfig):
 
     fractions: tuple[float, float, float] = Field((0.65, 0.15, 0.20), description="training, validation, test")
     seed: int = Field(0, ge=0, description="seed of the split")
+    folds: int | None = Field(
+        None, ge=2, description="for cross-validation: test on one of so many equal parts instead of the third fraction"
+    )
+    fold: int = Field(0, ge=0, description="which of the folds to test on, from 0")
 
 
 def run(config: SplitConfig, context: Context) -> None:
     """Writes splits.parquet: id, split (train, validation, test, unlabelled)."""
     samples = context.store.samples()
-    table = split(samples, config.fractions, config.seed)
+    table = split(samples, config.fractions, config.seed, config.folds and (config.fold, config.folds))
     write_table(path_of(context), table)
     counts = table["split"].value_counts()
     said = ", ".join(f"{counts[name]} {name}" for name in (*SPLITS, UNLABELLED) if name in counts)

@@ -33,7 +33,10 @@ def groups(samples: pd.DataFrame) -> np.ndarray:
 
 
 def split(
-    samples: pd.DataFrame, fractions: tuple[float, float, float] = (0.65, 0.15, 0.20), seed: int = 0
+    samples: pd.DataFrame,
+    fractions: tuple[float, float, float] = (0.65, 0.15, 0.20),
+    seed: int = 0,
+    fold: tuple[int, int] | None = None,
 ) -> pd.DataFrame:
     """Assign photographs to training, validation and test, whole groups only (see `groups`), stratified by label.
 
@@ -47,16 +50,21 @@ def split(
         fractions: wanted shares of the labelled photographs in training, validation and test; they sum to 1, a share
             of 0 leaves that split empty, training's must be above 0.
         seed: breaks ties between groups.
+        fold: (k, K): for cross-validation, the test photographs are part k, from 0, of K equal ones, and training and
+            validation share the rest by the first two fractions.
 
     Returns:
         Columns id and split, in the order of `samples`; split is "train", "validation", "test" or, where the label is
         missing, "unlabelled". Small data may leave validation or test without a label, or empty.
 
     Raises:
-        ValueError: an id occurs twice, the fractions are no shares, or fewer than two labels are present.
+        ValueError: an id occurs twice, the fractions are no shares, fewer than two labels are present, or the fold is
+            none of at least 2.
     """
     if len(fractions) != 3 or min(fractions) < 0 or fractions[0] <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"{fractions=} must be three shares that sum to 1, the first above 0; use (0.65, 0.15, 0.2)")
+    if fold is not None and not 0 <= fold[0] < fold[1] >= 2:
+        raise ValueError(f"fold={fold[0]} of folds={fold[1]} must be from 0 to folds - 1, of at least 2 folds")
     if samples["id"].duplicated().any():
         raise ValueError(f"id={samples['id'][samples['id'].duplicated()].iloc[0]!r} occurs twice; ids must be unique")
     ordered = samples.sort_values("id", ignore_index=True)
@@ -68,14 +76,20 @@ def split(
     labelled = np.flatnonzero(labels >= 0)
     np.add.at(counts, (of_row[labelled], labels[labelled]), 1)
     counts[:, -1] = counts.sum(axis=1)
-    chosen = _deal(counts, np.array(fractions), np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    if fold is None:
+        chosen = _deal(counts, np.array(fractions), rng)
+    else:
+        tested = _deal(counts, np.full(fold[1], 1 / fold[1]), rng) == fold[0]
+        chosen = np.full(len(counts), SPLITS.index("test"))
+        chosen[~tested] = _deal(counts[~tested], np.array(fractions[:2]) / sum(fractions[:2]), rng)
     where = np.where(labels >= 0, np.array(SPLITS)[chosen[of_row]], UNLABELLED)
     result = pd.Series(where, index=ordered["id"], name="split")
     return samples[["id"]].assign(split=result.loc[samples["id"]].to_numpy())
 
 
 def _deal(counts: np.ndarray, fractions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the split (0, 1, 2) of every group, given its counts (groups, labels + 1), the last column their sum."""
+    """Return the part (from 0) of every group, given its counts (groups, labels + 1), the last column their sum."""
     wanted = fractions[:, None] * counts.sum(axis=0)
     have = np.zeros_like(wanted)
     open_splits = np.flatnonzero(fractions > 0)
