@@ -13,14 +13,19 @@ import torch
 import zarr
 from PIL import Image
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 from sklearn.svm import SVC
 
 from tilestream.geometry import Region, interior
 from tilestream.methods import Normalised, extremes
 from tilestream.nets import ResidualNet, fully_convolutional, load_model, save_model
 from tilestream.stages import ClusterConfig, Context, execute, parse
+from tilestream.stages.evaluate import STAGE as EVALUATE
+from tilestream.stages.evaluate import EvaluateConfig
 from tilestream.stages.predict import STAGE as PREDICT
 from tilestream.stages.predict import PredictConfig
+from tilestream.stages.report import STAGE as REPORT
+from tilestream.stages.report import ReportConfig
 from tilestream.stages.runner import Journal
 from tilestream.stages.windows import COLUMNS, STAGE, WindowsConfig
 from tilestream.store import Store, create_store, find_photographs, ingest_photograph, write_labels
@@ -316,3 +321,26 @@ def test_attention_is_trained_on_training_crops_and_kept(with_crops, make_run):
     crops[crops["split"] != "train"].to_parquet(run.path / "crops.parquet")
     with pytest.raises(ValueError, match="aggregate='attention' needs crops of train photographs; crops has none"):
         run.predict(crops="crops", naive=None, aggregate="attention")
+
+
+def test_predictions_under_another_name_stand_beside(with_crops, alone):
+    before, _ = with_crops.predict(crops="crops", naive="first")
+    kept = (with_crops.path / "models" / "decision.json").read_text()
+    values = {"crops": "crops", "naive": None, "aggregate": "max"}
+    with_crops.go(PREDICT, PredictConfig, "predict_many", values)
+    table = pd.read_parquet(with_crops.path / "predict_many_predictions.parquet")
+    np.testing.assert_allclose(table["probability"], alone.max(1), atol=1e-6)
+    pd.testing.assert_frame_equal(pd.read_parquet(with_crops.path / "predictions.parquet"), before)
+    assert (with_crops.path / "models" / "decision.json").read_text() == kept
+    assert (with_crops.path / "models" / "predict_many_decision.json").exists()
+    with_crops.go(EVALUATE, EvaluateConfig, "evaluate", {"predictions": ["predict", "predict_many"]})
+    metrics = json.loads((with_crops.path / "metrics.json").read_text())
+    tested = table[table["split"] == "test"]
+    assert metrics["predict_many"]["auc"] == pytest.approx(
+        roc_auc_score(tested["label"].astype(int), tested["probability"])
+    )
+    assert {"naive", "saliency", "predict_many"} <= metrics.keys()
+    heard = with_crops.go(REPORT, ReportConfig, "report", {})
+    assert "done" in heard
+    page = (with_crops.path / "report.html").read_text()
+    assert "AUC, predict many" in page or "AUC, predict_many" in page

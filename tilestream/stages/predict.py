@@ -17,7 +17,7 @@ from tilestream.methods.estimators import HistogramSVM
 from .base import Context, Stage, StageConfig, write_json
 from .crops import crops_path, table_path
 from .models import locate
-from .scores import attention_path, crop_probabilities, square_probabilities
+from .scores import attention_path, crop_probabilities, predictions_of, square_probabilities
 from .split import chosen, path_of, read_table, write_table
 from .windows import COLUMNS, windows_path
 
@@ -46,6 +46,8 @@ class PredictConfig(StageConfig):
 
 def run(config: PredictConfig, context: Context) -> None:
     """Writes predictions.parquet: id, label (0/1, NA if unknown), probability, decision, grade, split.
+
+    Under another stage name S the files are S_predictions.parquet and, in models/, S_decision.json and so on.
 
     They are the crops'; without crops the naive model's, without that the windows'. Beside them stand naive_*,
     sliding_window_probability and sliding_window_decision (NA for photographs that the windows stage has not), and
@@ -90,11 +92,14 @@ def run(config: PredictConfig, context: Context) -> None:
         table["five_grade"] = grades.argmax(axis=1)
         table[[f"five_{grade}" for grade in range(GRADES)]] = grades
     if config.decision == "fit":
-        write_json(decision_path(context), {n: {"value": t.value, "origin": t.origin} for n, t in thresholds.items()})
+        write_json(
+            decision_path(context, context.name),
+            {n: {"value": t.value, "origin": t.origin} for n, t in thresholds.items()},
+        )
     order = ["id", "label", "probability", "decision", "grade", "split"]
     table = table[[*order, *(c for c in table.columns if c not in order)]]
     table.attrs["model"] = first  # whose columns have no prefix
-    write_table(predictions_path(context), table)
+    write_table(predictions_of(context, context.name), table)
     share = table["decision"].mean()
     context.say(f"{context.name}: {len(table)} photographs, {int(table['decision'].sum())} unhealthy ({share:.0%})")
 
@@ -117,7 +122,7 @@ def _thresholds(
 def _machine(config: PredictConfig, context: Context, windows: pd.DataFrame, learnt: pd.DataFrame) -> HistogramSVM:
     """The machine on histograms, fitted on validation photographs and kept, or that of an old run."""
     if config.decision == "stored":
-        path = machine_path(context.models_path)
+        path = machine_path(context.models_path, context.name)
         if not path.exists():
             raise ValueError(f"{path} does not exist; fit a machine (decision=fit) on photographs with labels")
         return HistogramSVM.from_json(json.loads(path.read_text()))
@@ -130,36 +135,41 @@ def _machine(config: PredictConfig, context: Context, windows: pd.DataFrame, lea
             "them: the network gives every window about the same probability; train it for longer"
         )
     machine = HistogramSVM().fit(shares, learnt["label"].to_numpy(int))
-    write_json(machine_path(context.run / "models"), machine.to_json())
+    write_json(machine_path(context.run / "models", context.name), machine.to_json())
     return machine
 
 
 def stored_threshold(context: Context, name: str) -> Threshold:
     """A threshold of the run whose models are used; ValueError when it has none."""
-    path = context.models_path / "decision.json"
+    path = context.models_path / _file(context.name, "decision.json")
     stored = json.loads(path.read_text()) if path.exists() else {}
     if name not in stored:
         raise ValueError(f"{path} has no threshold for {name}; fit one (decision=fit) on photographs with labels")
     return Threshold(**stored[name])
 
 
-def decision_path(context: Context) -> Path:
-    return context.run / "models" / "decision.json"
+def _file(name: str, file: str) -> str:
+    """What a stage of this name calls a file."""
+    return file if name == "predict" else f"{name}_{file}"
 
 
-def machine_path(folder: Path) -> Path:
-    return folder / "sliding_window.json"
+def decision_path(context: Context, name: str = "predict") -> Path:
+    return context.run / "models" / _file(name, "decision.json")
+
+
+def machine_path(folder: Path, name: str = "predict") -> Path:
+    return folder / _file(name, "sliding_window.json")
 
 
 def predictions_path(context: Context) -> Path:
     return context.run / "predictions.parquet"
 
 
-def _fitted(config: PredictConfig, folder: Path) -> list[Path]:
+def _fitted(config: PredictConfig, folder: Path, name: str) -> list[Path]:
     """What the models' folder holds besides the networks."""
-    machine = [machine_path(folder)] if config.windows else []
-    attention = [attention_path(folder)] if config.crops and config.aggregate == "attention" else []
-    return [folder / "decision.json", *machine, *attention]
+    machine = [machine_path(folder, name)] if config.windows else []
+    attention = [attention_path(folder, name)] if config.crops and config.aggregate == "attention" else []
+    return [folder / _file(name, "decision.json"), *machine, *attention]
 
 
 def reads(config: PredictConfig, context: Context) -> Iterable[Path]:
@@ -167,13 +177,13 @@ def reads(config: PredictConfig, context: Context) -> Iterable[Path]:
     models = [locate(context, name) for name in names if name]
     crops = [crops_path(context, config.crops), table_path(context, config.crops)] if config.crops else []
     windows = [windows_path(context, config.windows)] if config.windows else []
-    stored = _fitted(config, context.models_path) if config.decision == "stored" else []
+    stored = _fitted(config, context.models_path, context.name) if config.decision == "stored" else []
     return [path_of(context), *models, *crops, *windows, *stored]
 
 
 def writes(config: PredictConfig, context: Context) -> Iterable[Path]:
-    fitted = _fitted(config, context.run / "models") if config.decision == "fit" else []
-    return [predictions_path(context), *fitted]
+    fitted = _fitted(config, context.run / "models", context.name) if config.decision == "fit" else []
+    return [predictions_of(context, context.name), *fitted]
 
 
 STAGE = Stage("predict", PredictConfig, run, reads, writes)

@@ -14,11 +14,11 @@ from tilestream.methods import bootstrap
 from tilestream.methods.metrics import pr_points, roc_points
 from tilestream.report import Curve, KeyFigures, Picture, Rates, Section, Table
 
-from .base import Context, digest
-from .evaluate import columns, patient_groups, read_metrics, selected
+from .base import Context
+from .evaluate import columns, fingerprint, patient_groups, read_metrics, selected
 from .faithfulness import result_path as faithfulness_path
 from .localise import result_path
-from .predict import decision_path, predictions_path
+from .predict import decision_path
 from .tables import interval as plain_interval
 from .tables import read_tables
 
@@ -38,9 +38,10 @@ Band = tuple[Floats, Floats, Floats]
 def results(context: Context) -> Iterator[Section]:
     """Measures, curves, calibration and confusion of the models; nothing where they are of other predictions."""
     metrics = read_metrics(context)
-    if metrics is None or metrics["predictions_sha256"] != digest(predictions_path(context)):
+    names = (metrics or {}).get("predictions", ["predict"])
+    if metrics is None or metrics["predictions_sha256"] != fingerprint(context, names):
         return
-    table = selected(metrics["split"], context)
+    table = selected(metrics["split"], context, names)
     table["patient_group"], of = patient_groups(table, context)
     models = {name: prefix for name, prefix in columns(table).items() if metrics.get(name, {}).get("photographs")}
     if models:
@@ -199,7 +200,7 @@ def localisation(context: Context, stages: list[str]) -> Iterator[Section]:
         intro = (
             f"Centres of {found['centres']} and crops of {found['crops_px']} px against known lesions{tolerance}: "
             f"{found['photographs']} photographs, {ill} of them with lesions. Chance is a centre drawn evenly inside "
-            f"the same border rule ({found['border_rule']}, {found['border']:g})."
+            f"the same border rule ({found['border_rule']}, {found['border']:g}) and the field of view."
         )
         yield Section(heading, intro, list(_found(found)))
 

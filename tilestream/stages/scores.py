@@ -112,14 +112,14 @@ def crop_probabilities(config: PredictConfig, context: Context, table: pd.DataFr
     return pd.Series(np.mean([attend(net, view)[0] for view in views], axis=0), index=ids)
 
 
-def attention_path(folder: Path) -> Path:
-    return folder / "attention.safetensors"
+def attention_path(folder: Path, name: str = "predict") -> Path:
+    return folder / ("attention.safetensors" if name == "predict" else f"{name}_attention.safetensors")
 
 
 def _attention(config: PredictConfig, context: Context, bags: Bags, photographs: pd.DataFrame) -> AttentionPooling:
     """The attention of an old run, or one that is trained on the training photographs' crops and kept."""
     if config.decision == "stored":
-        net = load_model(attention_path(context.models_path)).net
+        net = load_model(attention_path(context.models_path, context.name)).net
         assert isinstance(net, AttentionPooling)
         return net
     parts = []
@@ -131,7 +131,7 @@ def _attention(config: PredictConfig, context: Context, bags: Bags, photographs:
         part = Bags(bags.features[mine], np.unique(bags.bag[mine], return_inverse=True)[1])
         parts += [part, photographs["label"][chosen].to_numpy(np.int64)]
     net = fit_attention(*parts)
-    path = attention_path(context.run / "models")
+    path = attention_path(context.run / "models", context.name)
     path.parent.mkdir(exist_ok=True)
     save_model(path, net, architecture=_ATTENTION, parameters={"features": bags.features.shape[1]})
     return net
