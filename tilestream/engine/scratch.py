@@ -155,8 +155,8 @@ def _packbits(block: Tensor) -> Array:
 
 def _packed(block: Tensor) -> Tensor:
     """The same on a device, with its own order of bits."""
-    bits = F.pad(block.to(torch.uint8), (0, -block.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (bits * _powers(bits)).sum(-1, dtype=torch.uint8)
+    bits = F.pad(block.to(torch.uint8), (0, -block.shape[-1] % 8)).reshape(*block.shape[:2], -1, 8)
+    return torch.sum(bits * _powers(bits), -1, dtype=torch.uint8)
 
 
 def _powers(like: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class SplitConfig(StageConfig):
 def run(config: SplitConfig, context: Context) -> None:
     """Writes splits.parquet: id, split (train, validation, test, unlabelled)."""
     samples = context.store.samples()
-    table = split(samples, config.fractions, config.seed, config.folds and (config.fold, config.folds))
+    fold = None if config.folds is None else (config.fold, config.folds)
+    table = split(samples, config.fractions, config.seed, fold)
     write_table(path_of(context), table)
     counts = table["split"].value_counts()
     said = ", ".join(f"{counts[name]} {name}" for name in (*SPLITS, UNLABELLED) if name in counts)
