@@ -1,9 +1,10 @@
 """Local descriptors of a photograph, tile by tile: SIFT and SURF at keypoints, SIFT on a dense grid (paper B, 3.3).
 
 Each keypoint belongs to the tile whose core holds it, half-open; a tile's window is its core and a halo as wide as the
-largest kept keypoint needs. Scale space halves the image by taking every second pixel, so windows start at multiples of
-`ALIGN`, and end there, mirrored beyond the photograph. What a tile finds differs from what the whole image shows by
-the rounding of coordinates alone; a keypoint nearer to a core's edge than that may be found twice, or not at all.
+largest kept keypoint needs. SIFT halves the image by taking every second pixel, SURF looks for maxima in blocks, so
+windows start at multiples of `align_px`, and end there, mirrored beyond the photograph. Then dense descriptors and SURF
+are those of the whole image, bit for bit; SIFT's places differ by their rounding, some 1e-4 px, and a keypoint nearer
+to a core's edge than that may be found twice, or not at all.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from .centres import Border
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 Channel = Literal["green", "grey"]
-ALIGN = 64
-"""Divides the corners of all windows: 2 to the number of halvings up to the largest keypoints, 64 px."""
 _SIFT: Any = cv2.SIFT_create  # type: ignore[attr-defined]
 _PATCH = 6.0
 """Side of SIFT's 4 x 4 cells in a keypoint's sizes: a cell is 3 sigma wide, and a size is 2 sigma."""
@@ -58,8 +57,12 @@ class Method(Protocol):
     def dim(self) -> int: ...
 
     @property
+    def align_px(self) -> int:
+        """Divides the corners of windows."""
+
+    @property
     def halo_px(self) -> int:
-        """What a window needs beyond its core."""
+        """What a window needs beyond its core, a multiple of align_px."""
 
     @property
     def bytes_a_pixel(self) -> int:
@@ -80,11 +83,14 @@ class Sift:
     max_size_px: float = 64.0
 
     dim = 128
+    align_px = 64  # 2 to the number of halvings up to the largest keypoints
     bytes_a_pixel = 280
 
     @property
     def halo_px(self) -> int:
-        return _aligned(6 * self.max_size_px)  # 5.3 sizes the descriptor reaches, at 45 degrees; the rest is blur
+        return _aligned(
+            6 * self.max_size_px, self.align_px
+        )  # 5.3 sizes the descriptor reaches, at 45 degrees; the rest is blur
 
     def describe(self, window: Pixels, corner: Extent, core: Region) -> Bag:
         """Keypoints of a grey window (h, w) uint8 whose first pixel is `corner` of the image."""
@@ -109,6 +115,7 @@ class Dense:
     step_px: int = 32
 
     dim = 128
+    align_px = 64
     bytes_a_pixel = 64
 
     def __post_init__(self) -> None:
@@ -120,7 +127,7 @@ class Dense:
 
     @property
     def halo_px(self) -> int:
-        return _aligned(max(self.scales) * (max(self.patch_px) + 16))  # 0.9 of a patch, and the blur of its scale
+        return _aligned(max(self.scales) * (max(self.patch_px) + 16), 64)  # 0.9 of a patch, and the blur of its scale
 
     def describe(self, window: Pixels, corner: Extent, core: Region) -> Bag:
         """Squares of a grey window (h, w) uint8 whose first pixel is `corner` of the image, with centres in `core`."""
@@ -152,11 +159,13 @@ class Surf:
     max_size_px: float = 64.0
 
     dim = 64
+    align_px = 192  # maxima are looked for in blocks of 3 of every octave's steps, up to 8 px; and 64
     bytes_a_pixel = 64
 
     @property
     def halo_px(self) -> int:
-        return _aligned(8 * self.max_size_px)  # the descriptor's square of 20 sigma at 45 degrees, and its filters
+        # the descriptor's square of 20 sigma at 45 degrees, and its filters; the largest octave's filters
+        return _aligned(max(8 * self.max_size_px, 256), self.align_px)
 
     def describe(self, window: Pixels, corner: Extent, core: Region) -> Bag:
         """Keypoints of a grey window (h, w) uint8 whose first pixel is `corner` of the image."""
@@ -172,9 +181,7 @@ class Surf:
 
 
 def cores(extent: Extent, tile_px: int) -> Iterator[Region]:
-    """The tiles' cores, row by row; ValueError unless their side is a multiple of `ALIGN`."""
-    if tile_px < ALIGN or tile_px % ALIGN:
-        raise ValueError(f"tile_px={tile_px} must be a multiple of {ALIGN}; use {_aligned(max(tile_px, 1))}")
+    """The tiles' cores, row by row; their side is `tile_px`, less at the right and below."""
     for y in range(0, extent[0], tile_px):
         for x in range(0, extent[1], tile_px):
             yield Region(y, min(extent[0], y + tile_px), x, min(extent[1], x + tile_px))
@@ -182,7 +189,7 @@ def cores(extent: Extent, tile_px: int) -> Iterator[Region]:
 
 def tile_bytes(method: Method, tile_px: int) -> int:
     """Peak memory of one tile."""
-    return method.bytes_a_pixel * (tile_px + 2 * method.halo_px) ** 2
+    return method.bytes_a_pixel * (tile_px + 2 * (method.halo_px + method.align_px)) ** 2
 
 
 def describe(
@@ -193,7 +200,7 @@ def describe(
     allowed = None if border is None else border.mask(core)
     if allowed is not None and not allowed.any():
         return Bag.empty(method.dim)
-    window, corner = _window(image, core, method.halo_px, extent, channel)
+    window, corner = _window(image, core, method, extent, channel)
     bag = method.describe(window, corner, core)
     if allowed is None:
         return bag
@@ -231,10 +238,14 @@ def _kept(bag: Bag, core: Region, least_px: float, most_px: float) -> npt.NDArra
     return kept
 
 
-def _window(image: Source, core: Region, halo: int, extent: Extent, channel: Channel) -> tuple[Pixels, Extent]:
-    """The grey window around a core, between multiples of ALIGN, mirrored beyond the image; and its corner."""
-    y0, x0 = (max(0, start - halo) // ALIGN * ALIGN for start in (core.y0, core.x0))
-    y1, x1 = (min(_aligned(side), _aligned(stop + halo)) for side, stop in zip(extent, (core.y1, core.x1), strict=True))
+def _window(image: Source, core: Region, method: Method, extent: Extent, channel: Channel) -> tuple[Pixels, Extent]:
+    """The grey window around a core, between multiples of align_px, mirrored beyond the image; and its corner."""
+    halo, align = method.halo_px, method.align_px
+    y0, x0 = (max(0, start - halo) // align * align for start in (core.y0, core.x0))
+    y1, x1 = (
+        min(_aligned(side, align), _aligned(stop + halo, align))
+        for side, stop in zip(extent, (core.y1, core.x1), strict=True)
+    )
     y2, x2 = min(y1, extent[0]), min(x1, extent[1])
     if channel == "green":
         grey = np.asarray(image[1:2, y0:y2, x0:x2])[0]
@@ -246,8 +257,8 @@ def _window(image: Source, core: Region, halo: int, extent: Extent, channel: Cha
     return grey, (y0, x0)
 
 
-def _aligned(length: float) -> int:
-    return int(-(-length // ALIGN)) * ALIGN
+def _aligned(length: float, align: int) -> int:
+    return int(-(-length // align)) * align
 
 
 def _drawn(y: npt.NDArray[np.int64], x: npt.NDArray[np.int64], scale: int, side: int) -> Floats:

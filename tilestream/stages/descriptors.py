@@ -75,7 +75,7 @@ class DescriptorsConfig(StageConfig):
     patch_px: list[int] = Field([32], description="dense: sides of the patches, in px of each scale")
     scales: list[int] = Field([1, 2, 4], description="dense: the image halved to 1 / scale, for each; powers of two")
     step_px: int = Field(32, ge=1, description="dense: the grid's step, in px of each scale")
-    tile_px: int = Field(1536, ge=64, description="side of the tiles in px, a multiple of 64")
+    tile_px: int = Field(1536, ge=64, description="side of the tiles in px")
     splits: list[str] | None = Field(None, description="only photographs of these splits (default: all)")
     limit: int | None = Field(None, ge=1, description="only the first so many photographs")
 

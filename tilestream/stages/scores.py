@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,10 +47,24 @@ class _Flipped:
         return np.ascontiguousarray(np.flip(self.examples[index], self.axes))
 
 
-def graded(context: Context, pathological_from: int) -> pd.DataFrame:
-    """id, label, grade, split of all photographs; label (Int64) is 1 from that grade on, 0 below, NA where unknown."""
-    table = chosen(context, None)[["id", "label", "split"]].rename(columns={"label": "grade"})
-    return table.assign(label=(table["grade"] >= pathological_from).astype("Int64"))[["id", "label", "grade", "split"]]
+def graded(context: Context, pathological_from: int, normal: Sequence[str] = ("normal",)) -> pd.DataFrame:
+    """id, label, grade, split of all photographs; label (Int64) is 1 from that grade on, 0 below, NA where unknown.
+
+    Where classes have names, those of folders, they are no grades: label, and grade, is 0 for the classes called
+    `normal`, in capitals or not, and 1 for others. ValueError where none is.
+    """
+    table = chosen(context, None).rename(columns={"label": "grade"})
+    names = table.get("class", pd.Series(dtype="string")).str.lower()
+    if not names.dropna().str.fullmatch(r"\d+").all():
+        if not (here := names.isin([name.lower() for name in normal])).any():
+            raise ValueError(
+                f"classes are {', '.join(sorted(names.dropna().unique()))}: none is called {' or '.join(normal)}; "
+                "rename the folder of normal photographs, and ingest anew"
+            )
+        table["grade"] = (~here).astype("Int64").where(names.notna())
+        pathological_from = 1
+    table["label"] = (table["grade"] >= pathological_from).astype("Int64")
+    return table[["id", "label", "grade", "split"]]
 
 
 def predictions_of(context: Context, name: str) -> Path:
