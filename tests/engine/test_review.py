@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from tilestream.engine import stream
 
@@ -937,3 +938,29 @@ def test_a_network_that_takes_no_batch(image):
     for call in (streamed, lambda x: streamed.backward(x, torch.sum)):
         with pytest.raises(ValueError, match=r"One.forward takes one image: The size of tensor a"):
             call(torch.stack([image, image]))
+
+
+class LowRank(nn.Module):
+    """A weight plus a product of two narrow matrices (LoRA)."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(len(weight), 2)), nn.Parameter(torch.randn(2, weight[0].numel()))
+
+    def forward(self, weight):
+        return weight + (self.a @ self.b).reshape(weight.shape)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conv: parametrizations.weight_norm(conv),
+        lambda conv: parametrizations.spectral_norm(conv),
+        lambda conv: parametrize.register_parametrization(conv, "weight", LowRank(conv.weight)),
+    ],
+)
+def test_weights_that_are_computed_from_others(equal, change):
+    net = Net(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)))
+    for conv in (net.conv, net.step[2]):
+        change(conv)
+    equal(net)

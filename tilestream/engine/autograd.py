@@ -68,7 +68,7 @@ class _Streamed(torch.autograd.Function):
         ctx.save_for_backward(*watched)  # PyTorch tells when one is overwritten before `backward`
         ctx.back, ctx.ends = back, [(key, t.shape) for key, t in zip(keys, ends, strict=True)]
         ctx.like_image = partial(torch.empty, image.shape, dtype=image.dtype, device=image.device)
-        return torch.cat(results)
+        return torch.cat(results) if len(results) > 1 else results[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -10,7 +10,7 @@ from functools import cache
 from tilestream.geometry import Extent, Region
 
 from .allocator import HEAP_BYTES
-from .operations import Convolution, MaxPool, ReLU
+from .operations import Convolution, MaxPool, ReLU, Windowed
 from .segment import Segment, winners
 from .tile import keeps
 from .trace import Network, Node
@@ -157,9 +157,9 @@ class Costs:
             own, kind = self._bytes(node.name, areas), keeps(node.operation, self.want_weights)
             read = sum(self._bytes(name, areas) for name in node.inputs)
             alone = isinstance(node.operation, ReLU) and users[node.inputs[0]] == 1 and node.inputs[0] not in kept
-            extra = read if isinstance(node.operation, Convolution) else 0  # padded or re-ordered
-            if isinstance(node.operation, MaxPool) and (scatter or self.taped):
-                extra = read + 17 * node.channels * areas[node.name]
+            extra = read if isinstance(node.operation, Windowed) else 0  # padded or re-ordered
+            if isinstance(node.operation, MaxPool):  # PyTorch finds winners even if nobody wants them
+                extra += (17 if scatter or self.taped else 8) * node.channels * areas[node.name]
             elif (scatter or self.taped) and kind == "sign":
                 extra += 5 * node.channels * areas[node.name] // 4
             held = sum(live.values()) + tape + sum([v for n, v in kept.items() if n not in live] if kept else ())

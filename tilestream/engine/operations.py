@@ -36,8 +36,8 @@ def pair(value: Any) -> Pair:
 
 def held(module: Module) -> Module:
     """The module with the parameters and buffers that it has now, whichever it is given later."""
-    copied = copy.copy(module)
-    copied.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+    copied = module.__new__(type(module))  # copy.copy refuses those whose weights are parametrized
+    copied.__dict__.update(vars(module), _parameters=dict(module._parameters), _buffers=dict(module._buffers))
     return copied
 
 

@@ -204,22 +204,22 @@ class Pass:
     # ---- there and back
 
     def result(self) -> Tensor:
-        """The logits (1, num_classes), or the map (1, C, h, w), detached; runs the forward sweeps if nobody did."""
+        """The logits (1, num_classes) or the map (1, C, h, w), detached, once; runs the forward sweeps if need be."""
+        network = self.network
+        if self._result is None and network.dense:
+            channels = network.channels_of()[network.output]
+            whole = torch.empty((1, channels, *network.extents[network.output]), dtype=network.dtype)
+
+            def write(region: Region, values: Tensor) -> None:
+                whole[0, :, region.y0 : region.y1, region.x0 : region.x1] = values
+
+            self.forward(write)
+            return whole.to(network.device)
         if self._result is None:
-            network = self.network
-            if network.dense:
-                channels = network.channels_of()[network.output]
-                whole = torch.empty((1, channels, *network.extents[network.output]), dtype=network.dtype)
-
-                def write(region: Region, values: Tensor) -> None:
-                    whole[0, :, region.y0 : region.y1, region.x0 : region.x1] = values
-
-                self.forward(write)
-                self._result = whole.to(network.device)
-            else:
-                self.forward()
-                self._result = self.steps[network.output]
-        return self._result
+            self.forward()
+            return self.steps[network.output].clone()
+        result, self._result = self._result, None
+        return result
 
     def back(self, upstream: Tensor, write: Write | None) -> None:
         """From the gradient of `result()` to the weights, and to the image where `write` takes it."""
@@ -275,7 +275,7 @@ class Pass:
         self._drop(segment)
         self.backward(None, mode=mode, rule=rule, want_weights=want_weights, write=write, mean=mean,
                       cut=self.cut[:-1], grads=grads)  # fmt: skip
-        self._result = self.steps[self.network.output]
+        self._result = self.steps[self.network.output].clone()
         return self._result
 
     def scale(self, upstream: Tensor) -> None:

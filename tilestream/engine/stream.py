@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 import threading
@@ -170,6 +171,8 @@ class Streamed(nn.Module):
         result = 0
         if backward and not weights and not out:
             result = height * width * itemsize * (network.channels if reduce is None else 1)
+        elif network.dense and not out:
+            result = network.channels_of()[network.output] * math.prod(network.extents[network.output]) * itemsize
         planner = Planner(
             network, mode=mode, want_weights=weights, backward=backward, mean=reduce == "mean" and not weights,
             result_bytes=result,
@@ -201,7 +204,7 @@ class Streamed(nn.Module):
             for work in works:
                 results.append(work.result())
                 work.close()
-            return torch.cat(results)
+            return torch.cat(results) if len(results) > 1 else results[0]
         except BaseException:
             for work in works:
                 work.close()
@@ -344,7 +347,7 @@ class Streamed(nn.Module):
     ) -> Pass:  # fmt: skip
         tick = tick or _Ticker(progress, plan)
         scratch = Scratch(plan.scratch_bytes, self.scratch) if scratch is None else scratch
-        limit = resident_bytes() + int(0.7 * plan.peak_bytes) if network.device.type == "cpu" else sys.maxsize
+        limit = resident_bytes() + int(0.9 * plan.peak_bytes) if network.device.type == "cpu" else sys.maxsize
         return Pass(network, cut(network, plan.segments), source, scratch, tape=tape, tick=tick, limit_bytes=limit)
 
     def _images(self, image: Source, one: bool = False) -> tuple[Network, list[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tilestream.geometry import Sliding, Transposed
 
@@ -58,6 +58,11 @@ def is_inplace(target: Any, kwargs: Any) -> bool:
     return bool(kwargs.get("inplace")) or target in written or (name.endswith("_") and not name.endswith("__"))
 
 
+def kind(module: Any) -> Any:
+    """The class of a module; where its weights are parametrized (weight norm, LoRA) the one that it had before."""
+    return type(module).__base__ if is_parametrized(module) else type(module)
+
+
 def has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
@@ -81,7 +86,7 @@ def add(ctx: Context) -> None:
     if any(n in ctx.builder.arranged for n in ctx.node.all_input_nodes):
         _arranged(ctx)
     elif ctx.is_module:
-        handler = MODULES.get(type(ctx.target))
+        handler = MODULES.get(kind(ctx.target))
         if handler is None:
             raise ValueError("cannot be streamed exactly")
         handler(ctx, ctx.target, *ctx.args)
@@ -240,7 +245,7 @@ def _overwriting(ctx: Context, inplace: bool) -> None:
 def _module(ctx: Context, module: Any, x: Any) -> None:
     _overwriting(ctx, bool(getattr(module, "inplace", False)))
     if ctx.overwrites:
-        module = copy.copy(module)
+        module = op.held(module)
         module.inplace = False
     _elementwise(ctx, module, (x,), {})
 
@@ -308,7 +313,7 @@ def _convolution(ctx: Context, conv: nn.Conv2d, x: Any) -> None:
     if conv.padding_mode == "zeros":
         ctx.map(op.Convolution(conv), (x,))
         return
-    plain = copy.copy(conv)  # shares the parameters
+    plain = op.held(conv)
     (top, bottom), (left, right) = op._convolution_padding(conv)
     plain.padding_mode, plain.padding = "zeros", (0, 0)
     name = _border(ctx, x, (left, right, top, bottom), conv.padding_mode, f"{ctx.node.name}_pad")
@@ -324,7 +329,7 @@ def _transposed(ctx: Context, conv: nn.ConvTranspose2d, x: Any, output_size: Any
 def _batch_norm(ctx: Context, norm: nn.BatchNorm2d, x: fx.Node) -> None:
     source = ctx.builder.target(x)
     producer = ctx.producer(x)
-    alone = len(x.users) == 1 and x.op == "call_module" and type(source) is nn.Conv2d
+    alone = len(x.users) == 1 and x.op == "call_module" and kind(source) is nn.Conv2d
     if alone and producer is not None and isinstance(producer.operation, op.Convolution):
         op.frozen_norm(norm)
         producer.operation.fold(norm)

@@ -103,6 +103,7 @@ def forward(
                 values.pop(name, None)
         extent, vectors = network.extents[node.inputs[0]], [env[v] for v in node.vectors]
         kept = keeps(operation, want_weights or bool(node.vectors)) if save else "nothing"
+        keep_under(limit_bytes - _step_bytes(operation, inputs, node.channels * region.area))
         if kept == "winners":
             assert isinstance(operation, MaxPool)
             result, place = operation.winners(inputs[0], region, extent)
@@ -119,8 +120,13 @@ def forward(
             free.add(node.name)
         values[node.name] = result
         del inputs, result
-        keep_under(limit_bytes)
     return {name: values[name] for name in wanted}
+
+
+def _step_bytes(operation: Operation, given: Sequence[Tensor], made: int) -> int:
+    """What a step adds to memory at most: a copy of what it is given, and what it makes, `made` values."""
+    values = 4 if isinstance(operation, MaxPool) else 1  # it finds winners, int64, on its way
+    return sum(x.nbytes for x in given) + values * made * given[0].element_size()
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
@@ -161,6 +167,8 @@ def backward(
             want_image or set(node.inputs) != {network.image},
         )  # fmt: skip
         region = regions[node.name]
+        keep_under(limit_bytes - _step_bytes(node.operation, [gradient], sum(
+            channels[name] * regions[name].area for name in node.inputs)))  # fmt: skip
         parts, vectors, weights = node.operation.backward(
             gradient, region, load(node), [env[v] for v in node.vectors], call
         )
@@ -182,7 +190,6 @@ def backward(
         for name, vector in zip(node.vectors, vectors, strict=True):
             if vector is not None:
                 found.vectors[name] = found.vectors[name] + vector if name in found.vectors else vector
-        keep_under(limit_bytes)
         if weights:
             found.weights[node.name] = [
                 (torch.zeros_like(w) if g is None else g).to(network.dtype)
