@@ -38,7 +38,8 @@ def test_the_mislabelled_row_is_told_by_name():
 
 
 def test_costs_grow_with_the_photographs(context, monkeypatch):
-    monkeypatch.setattr(Context, "store", property(lambda self: type("S", (), {"info": lambda s: {"images": 100}})()))
+    info = {"images": 100, "megapixels": 1230.0}
+    monkeypatch.setattr(Context, "store", property(lambda self: type("S", (), {"info": lambda s: info})()))
     (context.run / "journal").mkdir(parents=True)
     (context.run / "journal" / "check.json").write_text(json.dumps({"stage": "faithfulness"}))
     times = {
@@ -52,6 +53,7 @@ def test_costs_grow_with_the_photographs(context, monkeypatch):
     assert hours == pytest.approx({"saliency": 0.1, "crops": 0.2, "check": 0.1, "all": 0.4})
     assert table["rows"][0] == ["saliency", 36.0, 2.0, pytest.approx(0.1)]
     assert "saliency" in table["note"].partition("resumed")[2]
+    assert "100 photographs of 12.3 megapixels" in table["note"], "an hour of small ones is no hour of large ones"
 
 
 def test_a_run_without_measures_is_told_what_to_do(context):

@@ -94,7 +94,7 @@ def blurred_image(image: Floats, side_px: int) -> Floats:
 
 
 def randomised_correlations(
-    net: nn.Module,
+    net: nn.Module | Streamed,
     image: Floats,
     *,
     target: int = 1,
@@ -111,18 +111,20 @@ def randomised_correlations(
     depend on what was learnt; None where a map is constant. Blocks are the network's children, those of nn.Sequential
     singly. `net` stays as it is. Raises ValueError for a module whose weights cannot be drawn anew.
     """
-    fresh = copy.deepcopy(net)
+    streamed = net if isinstance(net, Streamed) else stream(net, memory=memory)
+    fresh = copy.deepcopy(streamed.net)
+    forgetful = stream(fresh, memory=memory)  # once: it sees that weights change
     parts = list(_blocks(fresh))[::-1]
     for name, part in parts:
         for inner, module in part.named_modules(prefix=name):
             if next(module.parameters(recurse=False), None) is not None and not hasattr(module, "reset_parameters"):
                 raise ValueError(f"{inner} has weights but no reset_parameters(), so they cannot be drawn anew; add it")
 
-    def ranks(of: nn.Module) -> Floats:
-        values = stream(of, memory=memory).saliency(image, target, method, reduce).numpy()
+    def ranks(of: Streamed) -> Floats:
+        values = of.saliency(image, target, method, reduce).numpy()
         return np.asarray(rankdata(np.abs(values).ravel()))
 
-    before = ranks(net)
+    before = ranks(streamed)
     result: dict[str, float | None] = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -131,8 +133,8 @@ def randomised_correlations(
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
             if cascade:
-                result[name] = _correlation(before, ranks(fresh))
-    return result if cascade else {"all": _correlation(before, ranks(fresh))}
+                result[name] = _correlation(before, ranks(forgetful))
+    return result if cascade else {"all": _correlation(before, ranks(forgetful))}
 
 
 def _blocks(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

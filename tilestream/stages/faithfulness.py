@@ -100,7 +100,7 @@ def one(
     for method in methods:
         with torch.no_grad():
             values = streamed.saliency(image, target, method).numpy()
-        correlations = randomised_correlations(model.net, image, target=target, method=method, seed=seed)
+        correlations = randomised_correlations(streamed, image, target=target, method=method, seed=seed)
         found[method] = {**_areas(streamed, image, values, target), "correlations": correlations}
     return found
 

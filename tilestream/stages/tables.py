@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .base import Context, Stage, StageConfig, write_json
 from .evaluate import metrics_path, read_metrics
+from .words import LEARNERS, count_of
 
 MODELS = ("naive", "sliding_window", "saliency")
 PRINTED = {"healthy": (0.911, 0.585, 0.695), "unhealthy": (0.412, 0.566, 0.828)}
@@ -22,6 +23,14 @@ COUNTS = ((542, 201, 319, 7, 0), (17, 31, 64, 91, 77))
 """Table 4, the saliency model's: rows decision (healthy, unhealthy), columns grade 0 to 4."""
 HOURS = 70
 """What the paper's whole pipeline took on one K40."""
+BAGS = (
+    ("standard BoVW (Pires et al. 2014)", 1000, None, 0.94, None),
+    ("BoVW of another coding (Quellec et al. 2016)", None, None, None, 0.89),
+    ("ConvBoVW, sparse SURF", 100, 0.93, 0.97, 0.90),
+    ("ConvBoVW, sparse SURF", 55, None, 0.96, None),
+    ("ConvBoVW, dense, CNN", None, 0.91, None, None),
+)
+"""Costa and Campilho (2017), section 4.2: method, words, AUC on DR1, DR2 and Messidor."""
 MISLABELLED = (
     "Table 2 prints 69.5 and 82.8 % for the saliency model. By Table 4 these are predictive values: 743 of 1069 "
     "decisions 'healthy' and 232 of 280 decisions 'unhealthy' are right. The shares of photographs that are found, as "
@@ -41,7 +50,8 @@ def run(config: TablesConfig, context: Context) -> None:
     metrics = read_metrics(context)
     if metrics is None:
         raise ValueError(f"{context.run.name} has no metrics.json; run 'tilestream evaluate' first")
-    tables = [*comparison(metrics), *costs(context, config.photographs)]
+    first = comparison(metrics) if any(metrics.get(model) for model in MODELS) else []
+    tables = [*first, *bags(metrics, context), *costs(context, config.photographs)]
     write_json(tables_path(context), {"tables": tables})
     for each in tables:
         show(each, context)
@@ -83,12 +93,37 @@ def comparison(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return tables
 
 
+def bags(metrics: dict[str, Any], context: Context) -> list[dict[str, Any]]:
+    """Paper B's AUCs beside those of the stages here that decide by visual words; nothing where there are none."""
+    stages = {path.stem: json.loads(path.read_text())["stage"] for path in (context.run / "journal").glob("*.json")}
+    names = [name for name in metrics.get("predictions", ()) if stages.get(name) in LEARNERS]
+    if not names:
+        return []
+    reference = metrics["reference"]
+    less, none = f"auc_minus_{reference}", [None, None, None]
+    rows: list[list[Any]] = [[f"paper: {method}", *found, None, None, None] for method, *found in BAGS]
+    for name in names:
+        measures = metrics.get(name) or {}
+        label = name if name == stages[name] else f"{name} ({stages[name]})"
+        found = [interval(measures, "auc"), interval(measures, less), measures.get(f"{less}_p")]
+        rows.append([f"here: {label}", count_of(context, name), *none, *found])
+    note = (
+        "Paper: section 4.2 with Tables 5 to 7, and Fig. 3 for 55 words; SURF there is RootSIFT here. Other photographs "
+        "than here: the order of the methods can be compared, their values only on the same data set. In brackets 95 % "
+        "intervals, DeLong's, as is the test of the difference."
+    )
+    title = "Costa and Campilho (2017), Tables 5 to 7: area under the ROC curve, normal against pathological"
+    columns = ["", "words", "DR1", "DR2", "Messidor", "here", f"here, less {reference}", "p"]
+    return [{"title": title, "columns": columns, "rows": rows, "note": note}]
+
+
 def costs(context: Context, photographs: int) -> list[dict[str, Any]]:
     """Hours a stage of this run would take on so many photographs, from its own seconds a photograph."""
     path = context.run / "timings.json"
     if not path.exists():
         return []
-    count, journal = int(context.store.info()["images"]), context.run / "journal"
+    info, journal = context.store.info(), context.run / "journal"
+    count = int(info["images"])
     times = {name: t for name, t in json.loads(path.read_text()).items() if name not in (context.name, "report")}
     files = {name: journal / f"{name}.json" for name in times if (journal / f"{name}.json").exists()}
     times = dict(sorted(times.items(), key=lambda item: files[item[0]].stat().st_mtime if item[0] in files else 0.0))
@@ -100,8 +135,9 @@ def costs(context: Context, photographs: int) -> list[dict[str, Any]]:
     rows.append(["all", sum(row[1] for row in rows), max(row[2] for row in rows), sum(row[3] for row in rows)])
     resumed = [name for name, t in times.items() if t.get("resumed")]
     note = (
-        f"Seconds of this run ({count} photographs) times {photographs:,} / {count}, on the same machine and settings "
-        f"(faithfulness looks at a fixed number); the paper's whole pipeline took about {HOURS} hours on one K40."
+        f"Seconds of this run ({count} photographs of {info['megapixels'] / count:.1f} megapixels) times "
+        f"{photographs:,} / {count}: of photographs of that size, on the same machine, by the same settings "
+        f"(faithfulness looks at a fixed number). The paper's whole pipeline took about {HOURS} hours on one K40."
     )
     note += f" Only the last part is counted of stages that were resumed: {', '.join(resumed)}." if resumed else ""
     columns = ["stage", "here, s", "largest process, MiB", f"{photographs:,} photographs, h"]
