@@ -130,11 +130,11 @@ class BagOfVisualWords(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     def _bags(self, X: Any, fitting: bool) -> Sequence[npt.NDArray[Any]]:
         """Bags of one length of descriptors; a table's rows are bags of one."""
-        ragged = isinstance(X, Sequence) and len(X) and getattr(X[0], "ndim", 1) == 2
-        if not ragged:
+        first = X[0] if isinstance(X, Sequence) and len(X) else None
+        if getattr(first, "ndim", 1) != 2:
             table = validate_data(self, X, dtype=[np.float64, np.float32], reset=fitting)
             return list(table[:, None])
-        dim = check_array(X[0], dtype=None, ensure_min_samples=0).shape[1]
+        dim = check_array(first, dtype=None, ensure_min_samples=0).shape[1]
         if fitting:
             self.n_features_in_ = dim
         elif dim != self.n_features_in_:
