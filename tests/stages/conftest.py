@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
+import zarr
+from PIL import Image
 from rich.console import Console
 
 from tilestream.stages import ClusterConfig, Context, load, run_pipeline
@@ -106,4 +110,32 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, go: Go, made: Made, ne
     """NEW on the run's photographs with the run's models, in a folder of its own; tests only read it."""
     run = tmp_path_factory.mktemp("undisturbed")
     go(new_pipeline, run, store=made.store.path, models=made.models)
+    return run
+
+
+@pytest.fixture(scope="session")
+def spotted(tmp_path_factory: pytest.TempPathFactory, go: Go, write_pipeline: Callable[..., Path]) -> Path:
+    """A run's folder, to be copied: 32 photographs of 120 x 150 px, with a bright spot in those of grade 2; splits,
+    average image, bags of up to 20 descriptors of 8 numbers: one lies far out where there is a spot; one bag is empty.
+    """
+    run, rng = tmp_path_factory.mktemp("spotted"), np.random.default_rng(0)
+    (run / "photographs").mkdir()
+    rows, bags = ["image,level"], []
+    for i in range(32):
+        pixels, bag = rng.integers(40, 80, (120, 150, 3)), rng.normal(size=(rng.integers(1, 20), 8))
+        if i % 2:
+            y, x = rng.integers(20, 90, 2)
+            pixels[y : y + 9, x : x + 9], bag[0] = 230, [6, *[0] * 7]
+        Image.fromarray(pixels.astype(np.uint8)).save(run / "photographs" / f"{i:02d}.png")
+        rows.append(f"{i:02d},{i % 2 * 2}")
+        bags.append(bag[:0] if i == 4 else bag)
+    (run / "photographs" / "labels.csv").write_text("\n".join(rows))
+    stages = {name: STAGES[name] for name in ("ingest", "split", "preprocess")}
+    go(write_pipeline(stages), run)
+    group, counts = zarr.create_group(run / "descriptors.zarr"), [len(bag) for bag in bags]
+    group.create_array("descriptors", data=np.concatenate(bags).astype(np.float32), chunks=(64, 8))
+    group.create_array("keypoints", data=np.zeros((sum(counts), 4), np.float32), chunks=(64, 4))
+    starts = np.cumsum([0, *counts[:-1]])
+    table = pd.DataFrame({"id": [f"{i:02d}" for i in range(32)], "start": starts, "count": counts})
+    table.to_parquet(run / "descriptors.parquet")
     return run

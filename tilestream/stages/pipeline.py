@@ -13,6 +13,8 @@ import yaml
 
 from . import (
     bovw,
+    convbovw,
+    convbovw_dense,
     crops,
     descriptors,
     evaluate,
@@ -23,6 +25,7 @@ from . import (
     preprocess,
     report,
     saliency,
+    search,
     split,
     synth,
     tables,
@@ -33,8 +36,8 @@ from .base import Context, Stage, StageConfig, nearest, parse
 from .runner import execute
 
 _IN_ORDER = (
-    synth, ingest, split, preprocess, train, saliency, crops, windows, predict, descriptors, bovw, evaluate, localise,
-    faithfulness, tables, report,
+    synth, ingest, split, preprocess, train, saliency, crops, windows, predict, descriptors, bovw, convbovw, search,
+    convbovw_dense, evaluate, localise, faithfulness, tables, report,
 )  # fmt: skip
 STAGES: dict[str, Stage] = {s.STAGE.verb: s.STAGE for s in _IN_ORDER}
 KEYS = ("description", "store", "models", "stages")
