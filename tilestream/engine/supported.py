@@ -251,8 +251,8 @@ def _module(ctx: Context, module: Any, x: Any) -> None:
 
 
 def _prelu(ctx: Context, module: nn.PReLU, x: Any) -> None:
-    weight = module.weight
-    ctx.map(op.Pointwise(F.prelu, weights=lambda: [weight]), (x,))
+    module = op.held(module)
+    ctx.map(op.Pointwise(F.prelu, weights=lambda: [module.weight]), (x,))
 
 
 def _named(function: Callable[..., Any], inplace: bool = False) -> Callable[..., None]:

@@ -103,11 +103,13 @@ def forward(
                 values.pop(name, None)
         extent, vectors = network.extents[node.inputs[0]], [env[v] for v in node.vectors]
         kept = keeps(operation, want_weights or bool(node.vectors)) if save else "nothing"
-        keep_under(limit_bytes - _step_bytes(operation, inputs, node.channels * region.area))
+        in_place = isinstance(operation, ReLU) and alone
+        step = (sum(x.numel() for x in inputs), node.channels * region.area, inputs[0].element_size())
+        keep_under(limit_bytes - (0 if in_place else _step_bytes(operation, *step)))
         if kept == "winners":
             assert isinstance(operation, MaxPool)
             result, place = operation.winners(inputs[0], region, extent)
-        elif isinstance(operation, ReLU) and alone:
+        elif in_place:
             result = inputs[0].relu_()
         else:
             result = operation.run(inputs, vectors, region, extent)
@@ -116,17 +118,16 @@ def forward(
             save(node, kept, result > 0 if kept == "sign" else place if kept == "winners" else saved)
         if kept == "input" or any(_shares(result, x) for x in inputs):  # the tape, or a view, still wants its values
             free.difference_update(node.inputs)
-        if isinstance(operation, FRESH) or (isinstance(operation, ReLU) and alone):
+        if isinstance(operation, FRESH) or in_place:
             free.add(node.name)
         values[node.name] = result
         del inputs, result
     return {name: values[name] for name in wanted}
 
 
-def _step_bytes(operation: Operation, given: Sequence[Tensor], made: int) -> int:
-    """What a step adds to memory at most: a copy of what it is given, and what it makes, `made` values."""
-    values = 4 if isinstance(operation, MaxPool) else 1  # it finds winners, int64, on its way
-    return sum(x.nbytes for x in given) + values * made * given[0].element_size()
+def _step_bytes(operation: Operation, inputs: int, outputs: int, itemsize: int) -> int:
+    """What a step over so many values adds to memory at most, either way; winners are int64 on theirs."""
+    return itemsize * (inputs + outputs * (4 if isinstance(operation, MaxPool) else 1))
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
@@ -167,8 +168,8 @@ def backward(
             want_image or set(node.inputs) != {network.image},
         )  # fmt: skip
         region = regions[node.name]
-        keep_under(limit_bytes - _step_bytes(node.operation, [gradient], sum(
-            channels[name] * regions[name].area for name in node.inputs)))  # fmt: skip
+        wide = sum(channels[name] * regions[name].area for name in node.inputs if name in regions)
+        keep_under(limit_bytes - _step_bytes(node.operation, wide, gradient.numel(), gradient.element_size()))
         parts, vectors, weights = node.operation.backward(
             gradient, region, load(node), [env[v] for v in node.vectors], call
         )
