@@ -191,8 +191,8 @@ def test_a_failed_stage_leaves_its_old_output(made, copy, go, monkeypatch):
 def test_stages_are_the_pipelines_vocabulary():
     assert list(pipeline_module.STAGES) == [
         "synth", "ingest", "split", "preprocess", "train", "saliency", "crops", "windows", "predict",
-        "descriptors", "bovw", "convbovw_sparse", "search", "convbovw_dense", "evaluate", "localise", "faithfulness",
-        "tables", "report",
+        "descriptors", "bovw", "convbovw_sparse", "search", "convbovw_dense", "words", "evaluate", "localise",
+        "faithfulness", "tables", "report",
     ]  # fmt: skip
 
 

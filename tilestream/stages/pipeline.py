@@ -31,13 +31,14 @@ from . import (
     tables,
     train,
     windows,
+    words,
 )
 from .base import Context, Stage, StageConfig, nearest, parse
 from .runner import execute
 
 _IN_ORDER = (
     synth, ingest, split, preprocess, train, saliency, crops, windows, predict, descriptors, bovw, convbovw, search,
-    convbovw_dense, evaluate, localise, faithfulness, tables, report,
+    convbovw_dense, words, evaluate, localise, faithfulness, tables, report,
 )  # fmt: skip
 STAGES: dict[str, Stage] = {s.STAGE.verb: s.STAGE for s in _IN_ORDER}
 KEYS = ("description", "store", "models", "stages")

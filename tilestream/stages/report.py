@@ -22,6 +22,8 @@ from .localise import result_path
 from .predict import decision_path, predictions_path
 from .report_gallery import Run, gallery
 from .report_results import comparison, faithfulness, localisation, results
+from .report_words import reads as read_of_words
+from .report_words import visual_words
 from .saliency import candidates_path, centres_path
 from .tables import tables_path
 from .windows import windows_path
@@ -44,6 +46,7 @@ def run(config: ReportConfig, context: Context) -> None:
     sections = [
         *results(context),
         *comparison(context),
+        *visual_words(context, records),
         *localisation(context, _stages(records, "localise")),
         *faithfulness(context, _stages(records, "faithfulness")),
         *gallery(Run(context, records, config.width_px), config.gallery),
@@ -119,6 +122,7 @@ def reads(config: ReportConfig, context: Context) -> Iterable[Path]:
         result_path(context, name, end) for name in _stages(records, "localise") for end in (".json", ".parquet")
     ]
     tables += [faithfulness_path(context, name) for name in _stages(records, "faithfulness")]
+    tables += read_of_words(context, records)
     record = context.run / "journal" / f"{shown.saliency}.json"
     training = sorted((context.run / "training").glob("*.json"))
     return [*tables, record, predictions_path(context), decision_path(context), metrics_path(context), *training]

@@ -108,8 +108,8 @@ def bags(metrics: dict[str, Any], context: Context) -> list[dict[str, Any]]:
         found = [interval(measures, "auc"), interval(measures, less), measures.get(f"{less}_p")]
         rows.append([f"here: {label}", count_of(context, name), *none, *found])
     note = (
-        "Paper: section 4.2 with Tables 5 to 7, and Fig. 3 for 55 words; SURF there is RootSIFT here. Other photographs "
-        "than here: the order of the methods can be compared, their values only on the same data set. In brackets 95 % "
+        "Paper: section 4.2 with Tables 5 to 7, and Fig. 3 for 55 words; SURF there is RootSIFT here. These are other "
+        "photographs: the order of methods can be compared, values only on the same data set. In brackets 95 % "
         "intervals, DeLong's, as is the test of the difference."
     )
     title = "Costa and Campilho (2017), Tables 5 to 7: area under the ROC curve, normal against pathological"
