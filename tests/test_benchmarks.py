@@ -96,6 +96,20 @@ def test_sizes(tmp_path, capsys):
     assert json.loads(out.read_text())["rows"] == rows
 
 
+def test_dense(tmp_path, capsys):
+    out = tmp_path / "dense.json"
+    words = ["--size", "512x640", "--words", "9", "--memory", "60MiB", "--repeats", "1", "--threads", "1"]
+    rows = load("dense").main([*words, "--out", str(out)])
+    assert [(row["task"], row["variant"]) for row in rows] == [
+        (task, variant) for task in ("forward", "weights") for variant in ("plain", "channels-last", "60MiB")
+    ]
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in rows)
+    assert all(row["bytes"] <= row["predicted_bytes"] <= 60 * 2**20 for row in rows if row["variant"] == "60MiB")
+    assert 0 < rows[-1]["gone_back"] <= 9 < rows[-1]["back_tiles"]
+    assert "tiles back" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"] == rows
+
+
 @pytest.fixture
 def photographs(tmp_path):
     """Five JPEG files, 600 x 700."""

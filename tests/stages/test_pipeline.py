@@ -20,7 +20,10 @@ def write(tmp_path: Path):
     return one
 
 
-@pytest.mark.parametrize("name", ["bovw", "demo", "listing1", "listing2", "naive", "paper_a", "predict"])
+@pytest.mark.parametrize(
+    "name",
+    ["bovw", "convbovw_dense", "convbovw_sparse", "demo", "listing1", "listing2", "naive", "paper_a", "predict"],
+)
 def test_shipped_pipelines_are_valid(name):
     pipeline = load(Path(name))
     assert pipeline.description
