@@ -47,7 +47,7 @@ def test_learns_blobs(blobs, small_net, tmp_path, classes, balance, optimizer):
     )
     history = fit(net, blobs(256, 1, classes), blobs(100, 2, classes), config, tmp_path)
     probabilities = predict(net, test)
-    assert probabilities.dtype == np.float32
+    assert probabilities.dtype == np.float64
     assert probabilities.shape == (200, classes)
     untrained = roc_auc(test.labels, predict(small_net(classes), test))
     assert untrained < 0.8
@@ -328,3 +328,22 @@ def test_gpu_resumes_bit_for_bit(blobs, small_net, tmp_path):
     assert same_weights(whole, cut)
     assert next(cut.parameters()).is_cuda
     assert predict(cut, validation).shape == (30, 2)
+
+
+class Brightness(nn.Module):
+    """Logits 0 and 20 times the mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, x):
+        return torch.stack([torch.zeros(len(x)), self.scale * x.mean((1, 2, 3))], 1)
+
+
+def test_certain_examples_stay_apart(blobs):
+    """Logits of 20 and 40 are both 1 in float32, and would be equals to a ranking."""
+    examples = blobs(2, 1)
+    examples.images[:] = np.array([1, 1.5], np.float32)[:, None, None, None]
+    first, second = predict(Brightness(), examples)[:, 1]
+    assert second > first > 1 - 1e-8

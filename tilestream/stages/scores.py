@@ -171,7 +171,7 @@ def _run(
     with steps(context, context.name, total, "batches") as step:
         for axes in views:
             view = _Flipped(examples, axes) if axes else examples
-            probabilities = predict(net, view, config.batch_size, on_batch=step).astype(np.float64)
+            probabilities = predict(net, view, config.batch_size, on_batch=step)
             if probabilities.shape[1] != classes:
                 given = probabilities.shape[1]
                 raise ValueError(f"model={name!r} has {given} classes, {classes} are needed here; name another model")

@@ -152,7 +152,9 @@ def predict(
     loader_threads: int = 2,
     on_batch: Callable[[], None] | None = None,
 ) -> np.ndarray:
-    """Return the probabilities (n, classes) float32 of all examples, in their order, by `net` in eval mode.
+    """Return the probabilities (n, classes) float64 of all examples, in their order, by `net` in eval mode.
+
+    In float32 all logits that differ by more than 17 would give 1, and their examples be equals.
 
     The net's device is used and its mode restored; `precision` as in `TrainingConfig`. `on_batch` is called after each.
 
@@ -167,7 +169,8 @@ def predict(
     finite = torch.isfinite(logits).all(1)
     if not finite.all():
         raise FloatingPointError(f"the logits of example {int(finite.int().argmin())} are not finite; check its pixels")
-    return logits.softmax(1).numpy()
+    probabilities: np.ndarray = logits.double().softmax(1).numpy()
+    return probabilities
 
 
 def _check(
@@ -253,7 +256,7 @@ def _epoch(
         epoch=epoch,
         train_loss=train_loss,
         validation_loss=loss,
-        validation_auc=area_under_curve(labels.numpy(), logits.softmax(1).numpy()),
+        validation_auc=area_under_curve(labels.numpy(), logits.double().softmax(1).numpy()),
         learning_rate=rate,
         seconds=time.perf_counter() - started,
     )
