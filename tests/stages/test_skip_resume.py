@@ -191,7 +191,7 @@ def test_a_failed_stage_leaves_its_old_output(made, copy, go, monkeypatch):
 def test_stages_are_the_pipelines_vocabulary():
     assert list(pipeline_module.STAGES) == [
         "synth", "ingest", "split", "preprocess", "train", "saliency", "crops", "windows", "predict",
-        "descriptors", "bovw", "convbovw_sparse", "search", "convbovw_dense", "words", "evaluate", "localise",
+        "descriptors", "bovw", "convbovw_sparse", "search", "convbovw_dense", "words", "pool", "evaluate", "localise",
         "faithfulness", "tables", "report",
     ]  # fmt: skip
 

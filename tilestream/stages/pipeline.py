@@ -21,6 +21,7 @@ from . import (
     faithfulness,
     ingest,
     localise,
+    pool,
     predict,
     preprocess,
     report,
@@ -38,7 +39,7 @@ from .runner import execute
 
 _IN_ORDER = (
     synth, ingest, split, preprocess, train, saliency, crops, windows, predict, descriptors, bovw, convbovw, search,
-    convbovw_dense, words, evaluate, localise, faithfulness, tables, report,
+    convbovw_dense, words, pool, evaluate, localise, faithfulness, tables, report,
 )  # fmt: skip
 STAGES: dict[str, Stage] = {s.STAGE.verb: s.STAGE for s in _IN_ORDER}
 KEYS = ("description", "store", "models", "stages")
