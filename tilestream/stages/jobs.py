@@ -28,7 +28,7 @@ def window(load: Load, slots: int, memory: int) -> int:
     One more than that where a photograph has several tasks: its last ones leave slots to the next.
     """
     wanted = -(-2 * slots // load.tasks) + (load.tasks > 1)
-    return max(1, min(wanted, slots * memory // load.held_bytes)) if load.held_bytes else wanted
+    return max(1, min(wanted, slots * memory // load.held_bytes) if load.held_bytes else wanted)  # workers may restart
 
 
 @contextmanager
