@@ -105,7 +105,7 @@ def test_dense(tmp_path, capsys):
     ]
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in rows)
     assert all(row["bytes"] <= row["predicted_bytes"] <= 60 * 2**20 for row in rows if row["variant"] == "60MiB")
-    assert 0 < rows[-1]["gone_back"] <= 9 < rows[-1]["back_tiles"]
+    assert 0 < rows[-1]["gone_back"] < rows[-1]["back_tiles"]  # a winner is in one tile of each segment, or some
     assert "tiles back" in capsys.readouterr().out
     assert json.loads(out.read_text())["rows"] == rows
 
