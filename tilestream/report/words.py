@@ -47,7 +47,7 @@ def word_map(
     """PNG of two pictures side by side: the photograph with `marks`, and the word of each place, a colour a word.
 
     `picture` (h, w, 3) shows a photograph of `extent`; places (n, 3) are y_px, x_px, side_px there, drawn as discs, or
-    as squares that fill the grid they lie on; a mark is a numbered ring around a word's place.
+    as squares that fill the grid they lie on; a mark is a ring around a word's place, with the numbers of all there.
     """
     scale = picture.shape[1] / extent[1]
     grey = np.repeat(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
@@ -57,19 +57,21 @@ def word_map(
         colour = _colour(word)
         at = (round((x + 0.5) * scale - 0.5), round((y + 0.5) * scale - 0.5))
         if round_places:
-            cv2.circle(painted, at, max(2, round(side * scale / 12)), colour, -1, cv2.LINE_AA)
+            cv2.circle(painted, at, max(3, round(side * scale / 12)), colour, -1, cv2.LINE_AA)
         else:
             corners = [tuple(round((v + 0.5 + sign * step / 2) * scale) for v in (x, y)) for sign in (-1, 1)]
             cv2.rectangle(painted, corners[0], (corners[1][0] - 1, corners[1][1] - 1), colour, -1)
     shown = cv2.addWeighted(grey, 0.35, painted, 0.65, 0)
-    marked = picture.copy()
-    for word, (y, x, side) in marks.items():
+    marked, rings = picture.copy(), dict[tuple[float, ...], list[int]]()
+    for word, place in marks.items():
+        rings.setdefault(tuple(place), []).append(word)
+    for (y, x, side), here in rings.items():
         at = (round((x + 0.5) * scale - 0.5), round((y + 0.5) * scale - 0.5))
-        radius = max(6, round(side * scale / 2))
-        for colour, thickness in (((0, 0, 0), 4), (_colour(word), 2)):
+        radius, text = max(6, round(side * scale / 2)), " ".join(map(str, here))
+        where = (min(at[0] + radius, picture.shape[1] - 10 * len(text)), max(12, at[1] - radius))
+        for colour, thickness in (((0, 0, 0), 4), (_colour(here[0]), 2)):
             cv2.circle(marked, at, radius, colour, thickness, cv2.LINE_AA)
-            where = (min(at[0] + radius, picture.shape[1] - 34), max(12, at[1] - radius))
-            cv2.putText(marked, str(word), where, cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, thickness - 1, cv2.LINE_AA)
+            cv2.putText(marked, text, where, cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, thickness - 1, cv2.LINE_AA)
     both = np.concatenate([marked, np.full((picture.shape[0], 8, 3), 128, np.uint8), shown], axis=1)
     written, data = cv2.imencode(".png", both[..., ::-1])
     if not written:

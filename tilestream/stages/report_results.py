@@ -23,10 +23,16 @@ from .tables import interval as plain_interval
 from .tables import read_tables
 
 MEASURES = {
-    "auc": "AUC, interval by DeLong", "auc_bootstrap": "AUC, interval by draws", "auc_minus_naive": "AUC minus naive",
-    "auprc": "AUPRC", "sensitivity": "sensitivity", "specificity": "specificity", "ppv": "ppv", "npv": "npv",
-    "accuracy": "accuracy", "kappa": "Cohen's kappa", "brier": "Brier score", "ece": "calibration error",
+    "auc": "AUC, interval by DeLong", "auc_bootstrap": "AUC, interval by draws", "auprc": "AUPRC",
+    "sensitivity": "sensitivity", "specificity": "specificity", "ppv": "ppv", "npv": "npv", "accuracy": "accuracy",
+    "kappa": "Cohen's kappa", "brier": "Brier score", "ece": "calibration error",
 }  # fmt: skip
+PAPERS = {
+    "Table": "Grzeszczuk (2019), doi 10.7494/csci.2019.20.3.3343.",
+    "Costa": "Costa and Campilho (2017), doi 10.1186/s41074-017-0023-6.",
+}
+"""By how the titles of their tables begin."""
+WORDS = ("healthy", "unhealthy")
 FIVE = {"accuracy": "accuracy", "within_one_grade": "within one grade", "kappa": "quadratic weighted kappa"}
 RATES = {"pointing_game": "centre on a lesion (pointing game)", "crop_holds_lesion": "crop holds a lesion"}
 GRADES = [str(grade) for grade in range(5)]
@@ -45,7 +51,7 @@ def results(context: Context) -> Iterator[Section]:
     table["patient_group"], of = patient_groups(table, context)
     models = {name: prefix for name, prefix in columns(table).items() if metrics.get(name, {}).get("photographs")}
     if models:
-        intro = "Healthy is grade 0 or 1, unhealthy 2 to 4. Thresholds were fixed on validation photographs."
+        intro = f"{_graded(table)} Thresholds were fixed on validation photographs."
         items = [*_measures(metrics, models, of), *_curves(metrics, models, table, of)]
         yield Section("Results", intro, items)
         intro = "What a probability means: of the photographs given it, that share should be unhealthy."
@@ -55,13 +61,22 @@ def results(context: Context) -> Iterator[Section]:
         yield Section("Decisions by grade", "Counts, and shares of each grade's photographs.", matrices)
 
 
+def _graded(table: pd.DataFrame) -> str:
+    """Which grades count as healthy, and which as unhealthy."""
+    grades = table[table["grade"].notna()].groupby("label")["grade"].unique()
+    said = (f"{WORDS[label]}: {', '.join(str(int(g)) for g in sorted(found))}" for label, found in grades.items())
+    return f"Grades, {'; '.join(said)}."
+
+
 def _measures(metrics: dict[str, Any], models: dict[str, str], of: str) -> Iterator[KeyFigures | Table]:
     yield KeyFigures({f"AUC, {_words(name)}": interval(metrics[name], "auc") for name in models})
     rows: list[list[Any]] = [
         [label, *(metrics[name].get(key) for name in models)]
         for key, label in (("photographs", "photographs"), ("unhealthy", "unhealthy ones"))
     ]
-    for key, label in MEASURES.items():
+    reference = metrics.get("reference", "naive")
+    first = {key: MEASURES[key] for key in ("auc", "auc_bootstrap")}
+    for key, label in {**first, f"auc_minus_{reference}": f"AUC minus {_words(reference)}", **MEASURES}.items():
         values = [interval(_as_auc(metrics[name]) if key == "auc_bootstrap" else metrics[name], key) for name in models]
         if any(value is not None for value in values):
             rows.append([label, *values])
@@ -184,7 +199,8 @@ def comparison(context: Context) -> Iterator[Section]:
         for t in read_tables(context)
     ]
     if tables:
-        yield Section("Beside the paper", "Grzeszczuk (2019), doi 10.7494/csci.2019.20.3.3343.", tables)
+        sources = [source for begin, source in PAPERS.items() if any(t.title.startswith(begin) for t in tables)]
+        yield Section("Beside the paper" if sources else "Time", " ".join(sources), tables)
 
 
 def localisation(context: Context, stages: list[str]) -> Iterator[Section]:

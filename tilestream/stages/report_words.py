@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import zarr
 
-from tilestream.report import Curve, KeyFigures, Picture, Section
+from tilestream.report import Curve, KeyFigures, Picture, Section, photograph
 from tilestream.report.page import Item
 from tilestream.report.words import auc_by_words, patch_strip
 
@@ -95,7 +96,8 @@ def _learnt(context: Context, config: dict[str, Any], name: str, only: bool) -> 
     for path in sorted(maps_path(context, name).glob("*.png")):
         alt = f"map of words: {path.stem}"
         caption = f"{path.stem}: places of active words; the word that is there most at each place, a colour a word."
-        items.append(Picture(path.read_bytes(), caption, alt))
+        drawn = np.ascontiguousarray(cv2.imread(str(path))[..., ::-1])
+        items.append(Picture(photograph(drawn, fine=True), caption, alt))
     return "Visual words" if only else f"Visual words: {config['model']}", intro, items
 
 

@@ -51,7 +51,7 @@ def run(config: TablesConfig, context: Context) -> None:
     if metrics is None:
         raise ValueError(f"{context.run.name} has no metrics.json; run 'tilestream evaluate' first")
     first = comparison(metrics) if any(metrics.get(model) for model in MODELS) else []
-    tables = [*first, *bags(metrics, context), *costs(context, config.photographs)]
+    tables = [*first, *bags(metrics, context), *costs(context, config.photographs, bool(first))]
     write_json(tables_path(context), {"tables": tables})
     for each in tables:
         show(each, context)
@@ -117,7 +117,7 @@ def bags(metrics: dict[str, Any], context: Context) -> list[dict[str, Any]]:
     return [{"title": title, "columns": columns, "rows": rows, "note": note}]
 
 
-def costs(context: Context, photographs: int) -> list[dict[str, Any]]:
+def costs(context: Context, photographs: int, paper_a: bool = True) -> list[dict[str, Any]]:
     """Hours a stage of this run would take on so many photographs, from its own seconds a photograph."""
     path = context.run / "timings.json"
     if not path.exists():
@@ -137,8 +137,9 @@ def costs(context: Context, photographs: int) -> list[dict[str, Any]]:
     note = (
         f"Seconds of this run ({count} photographs of {info['megapixels'] / count:.1f} megapixels) times "
         f"{photographs:,} / {count}: of photographs of that size, on the same machine, by the same settings "
-        f"(faithfulness looks at a fixed number). The paper's whole pipeline took about {HOURS} hours on one K40."
+        f"(faithfulness looks at a fixed number)."
     )
+    note += f" The paper's whole pipeline took about {HOURS} hours on one K40." if paper_a else ""
     note += f" Only the last part is counted of stages that were resumed: {', '.join(resumed)}." if resumed else ""
     columns = ["stage", "here, s", "largest process, MiB", f"{photographs:,} photographs, h"]
     return [{"title": "Time and memory", "columns": columns, "rows": rows, "note": note}]

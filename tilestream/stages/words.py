@@ -214,24 +214,22 @@ def _decoded(text: str) -> Floats:
 
 def _write_patches(config: LearntConfig, context: Context, most: pd.DataFrame, count: int) -> None:
     """words_patches.zarr: (words, patches, 3, shown_px, shown_px) uint8, cut over the cluster, a photograph a task."""
-    path, side = zarr_of(context, context.name), config.shown_px
-    shape = (count, config.patches, 3, side, side)
-    kept = zarr.create_array(
-        path, shape=shape, chunks=(1, 1, *shape[2:]), dtype="u1", compressors=ZstdCodec(level=3, checksum=True),
-        dimension_names=["word", "rank", "c", "y", "x"], overwrite=True,
-    )  # fmt: skip
+    pixels = np.zeros((count, config.patches, 3, config.shown_px, config.shown_px), np.uint8)
     parts = dict(list(most.groupby("id")))
 
     def make(id: str) -> Job:
         rows = parts[id]
         places = list(zip(rows["y_px"], rows["x_px"], rows["side_px"] * config.context, strict=True))
-        return Job.call(id, tasks.patches, str(context.store_path), id, places, side)
+        return Job.call(id, tasks.patches, str(context.store_path), id, places, config.shown_px)
 
-    def result(id: str, pixels: tasks.Pixels) -> None:
-        for word, rank, patch in zip(parts[id]["word"], parts[id]["rank"], pixels, strict=True):
-            kept[word, rank] = patch
+    def result(id: str, found: tasks.Pixels) -> None:
+        pixels[parts[id]["word"], parts[id]["rank"]] = found
 
     run_jobs(context, f"{context.name} patches", list(parts), make, result)
+    zarr.create_array(
+        zarr_of(context, context.name), data=pixels, chunks=(1, *pixels.shape[1:]),
+        compressors=ZstdCodec(level=3, checksum=True), dimension_names=["word", "rank", "c", "y", "x"], overwrite=True,
+    )  # fmt: skip
 
 
 def _draw(
