@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from .charts import INK, RULE, Curve, _canvas, _png, _some, _style
 from .pictures import Pixels, photograph
 
-CLASS_RGB = ((0, 114, 178), (213, 94, 0))
-"""Normal and pathological: Okabe and Ito's blue and vermilion."""
+CLASS_RGB = ((86, 180, 233), (255, 230, 60))
+"""Normal and pathological: Okabe and Ito's sky blue, and the yellow of lesions; vermilion is the eye's own colour."""
 _GOLDEN = 0.618034
 _FRAME_PX = 3
 
 
 def patch_strip(patches: Sequence[Pixels], labels: Sequence[int]) -> bytes:
-    """JPEG of patches (n, 3, p, p), more than four in two rows, in frames of their photographs' classes: 0 blue, 1 red.
+    """JPEG of patches (n, 3, p, p), more than four in two rows, in frames of their photographs' classes: 0 blue, 1 yellow.
 
     Raises ValueError without a patch.
     """
@@ -106,5 +106,5 @@ def auc_by_words(curves: Mapping[str, Curve], others: Mapping[str, tuple[int, fl
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set(xlabel="visual words, M", ylabel="AUC")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     return _png(figure)

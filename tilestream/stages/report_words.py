@@ -81,7 +81,7 @@ def _learnt(context: Context, config: dict[str, Any], name: str, only: bool) -> 
         f"The words of {config['model']}. A word is active on a photograph where it is there more than on {most} "
         f"normal training photographs; counted on {counts} {config['split']} photographs, with Wilson's 95 % "
         f"intervals; p by Fisher's exact test, adjusted for {len(words)} words. Each word is shown by the patches "
-        "where it is there most, one a photograph; frames: blue for normal, vermilion for pathological photographs."
+        "where it is there most, one a photograph; frames: blue for normal, yellow for pathological photographs."
     )
     alone = int(words["pathological_only"].sum())
     items: list[Item] = [KeyFigures({"words": len(words), "on pathological photographs only": alone})]
