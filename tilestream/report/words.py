@@ -19,7 +19,7 @@ _FRAME_PX = 3
 
 
 def patch_strip(patches: Sequence[Pixels], labels: Sequence[int]) -> bytes:
-    """JPEG of patches (n, 3, p, p), more than four in two rows, in frames of their photographs' classes: 0 blue, 1 yellow.
+    """JPEG of patches (n, 3, p, p), over four in two rows, in frames of their photographs' classes: 0 blue, 1 yellow.
 
     Raises ValueError without a patch.
     """
