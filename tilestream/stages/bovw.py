@@ -116,8 +116,8 @@ def run(config: BovwConfig, context: Context) -> None:
 def _check(labels: pd.Series, name: str) -> None:
     if set(labels) != {0, 1}:
         raise ValueError(
-            f"{name} photographs with bags have labels {sorted(labels.unique().tolist())}, both classes are needed; set "
-            "pathological_from, or split anew"
+            f"{name} photographs with bags have labels {sorted(labels.unique().tolist())}, both classes are needed; "
+            "set pathological_from, or split anew"
         )
 
 

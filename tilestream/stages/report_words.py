@@ -96,7 +96,10 @@ def _learnt(context: Context, config: dict[str, Any], name: str, only: bool) -> 
     for path in sorted(maps_path(context, name).glob("*.png")):
         alt = f"map of words: {path.stem}"
         caption = f"{path.stem}: places of active words; the word that is there most at each place, a colour a word."
-        drawn = np.ascontiguousarray(cv2.imread(str(path))[..., ::-1])
+        read: np.ndarray | None = cv2.imread(str(path))
+        if read is None:
+            raise ValueError(f"{path} is no image that can be read; run the stage {name} again")
+        drawn = np.ascontiguousarray(read[..., ::-1])
         items.append(Picture(photograph(drawn, fine=True), caption, alt))
     return "Visual words" if only else f"Visual words: {config['model']}", intro, items
 
