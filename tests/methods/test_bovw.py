@@ -176,5 +176,5 @@ def test_the_search_takes_the_best_pair_and_keeps_patients_together():
         assert pair["auc"] == pytest.approx(roc_auc_score(y, decisions))
     best = max(tried, key=lambda pair: pair["auc"])
     assert (machine.C, machine.gamma) == (best["C"], best["gamma"] * scale)
-    with pytest.raises(ValueError, match="two patients of each class"):
+    with pytest.raises(ValueError, match="more patients of each class"):
         search_svm(X, y, np.where(y == 1, 0, patients + 1), [1.0], [1.0])

@@ -35,7 +35,7 @@ def shaded(chart: bytes) -> int:
 def test_roc_draws_every_curve():
     chart = report.roc({"A": A, "B": B})
     assert chart.startswith(b"\x89PNG")
-    assert decode(chart).shape == (792, 846, 3)
+    assert decode(chart).shape == (889, 846, 3)
     assert min(count(chart, BLUE), count(chart, ORANGE)) > 500
     assert count(report.roc({"A": A}), ORANGE) == 0
     with pytest.raises(ValueError, match="nothing to draw"):

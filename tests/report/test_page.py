@@ -144,6 +144,7 @@ def test_numbers_are_formatted_and_aligned():
     assert '<td class="number">25,810</td>' in html
     assert '<th scope="row">grade 0</th>' in html
     assert report.Table(["a"], []).numeric == [False]
+    assert report.Table(["a", "b"], [["−0.6 (−0.9 to −0.3)", "1 tom"]]).numeric == [True, False]
 
 
 def test_neighbouring_pictures_share_a_row():

@@ -30,7 +30,9 @@ STAGES = {
     "descriptors": FOUND,
     "bovw": {"words": 12, "costs": [1, 10], "gammas": [1]},
     "hard": {"stage": "bovw", "words": 6, "coding": "hard", "costs": [1], "gammas": [1]},
-    "evaluate": {"predictions": ["bovw", "hard"], "reference": "bovw"},
+    "convbovw_sparse": {"words": 6, "hidden": 16, "epochs": 8},
+    "evaluate": {"predictions": ["bovw", "hard", "convbovw_sparse"], "reference": "bovw"},
+    "words": {"split": "test", "maps": 1},
 }
 
 
@@ -114,7 +116,8 @@ def test_from_folder_to_measures(made):
     expected = roc_auc_score(other["label"].astype(int), other["probability"])
     assert metrics["hard"]["auc"] == pytest.approx(expected)
     assert metrics["hard"]["auc_minus_bovw"] == pytest.approx(expected - metrics["bovw"]["auc"])
-    assert [name for name in metrics if isinstance(metrics[name], dict)] == ["bovw", "hard"]
+    assert [name for name in metrics if isinstance(metrics[name], dict)] == ["bovw", "convbovw_sparse", "hard"]
+    assert len(pd.read_parquet(path / "words.parquet")) == 6
     by_grade = np.sum(metrics["bovw"]["by_grade"], axis=0)
     assert by_grade.sum() == len(test)
     assert (by_grade[2:].sum() > 0) == (form == "messidor")
@@ -165,6 +168,9 @@ def test_stored_words_decide_on_new_photographs(made, go, tmp_path):
     assert len(same) == 8
     np.testing.assert_allclose(new.loc[same, "probability"], old.loc[same, "probability"], rtol=1e-9)
     assert not (tmp_path / "models").exists()
+    go(tmp_path, {"split": {"seed": 1}})
+    with pytest.raises(ValueError, match="model='bovw' was trained on other splits"):
+        go(tmp_path, {"bovw": {"decision": "stored", "costs": [2]}}, models=path / "models")
 
 
 def test_what_cannot_be_learnt_is_said(made, go):

@@ -39,6 +39,7 @@ GRADES = [0, 0, 1, 2, 2, 3, 4, 4]
 EXTENT, CROP, WINDOW, STRIDE = (160, 240), 48, 64, 32
 LESION = (70, 80, 100, 110)
 """y0, y1, x0, x1 in photographs of grade 1 on; a's and b's label images are empty, h has none."""
+CLASSES = ("healthy", "unhealthy")
 HEADINGS = [
     "Results", "Calibration", "Decisions by grade", "Beside the paper", "Localisation",
     "Faithfulness of the maps", "Wrong decisions", "Right decisions", "Training", "This run",
@@ -155,7 +156,7 @@ def headings(html: str) -> list[str]:
 
 def shown(context: Context, count: int = 8, width_px: int = 120) -> list[tuple[Section, list[Card]]]:
     """The gallery's sections and their cards."""
-    return [(part, part.items[0].cards) for part in gallery(Run(context, journal(context), width_px), count)]
+    return [(part, part.items[0].cards) for part in gallery(Run(context, journal(context), width_px, CLASSES), count)]
 
 
 def alts(html: str) -> list[str]:
@@ -267,10 +268,11 @@ def test_measures_of_other_predictions_are_left_out(place):
     assert json.loads((place.run / "metrics.json").read_text())["predictions_sha256"] == digest(
         place.run / "predictions.parquet"
     )
-    assert [section.heading for section in results(place)] == HEADINGS[:3]
+    assert [section.heading for section in results(place, CLASSES)] == HEADINGS[:3]
+    assert next(results(place, ("normal", "ill"))).intro.startswith("Grades, normal: 0; ill: 1")
     table = pd.read_parquet(place.run / "predictions.parquet")
     table.assign(probability=table["probability"] * 0.9).to_parquet(place.run / "predictions.parquet")
-    assert list(results(place)) == []
+    assert list(results(place, CLASSES)) == []
 
 
 def test_one_class_alone_has_measures_but_no_curve(place):
@@ -310,15 +312,15 @@ def test_the_border_drawn_is_the_saliency_stages(place):
     assert field is not None
     for rule, circle in (("circle", field), ("frame", None)):
         record = {"stage": "saliency", "config": {"border": 0.23, "border_rule": rule}}
-        drawn = Run(place, {**journal(place), "saliency": record}, 120).border("a", shape, extent)
+        drawn = Run(place, {**journal(place), "saliency": record}, 120, CLASSES).border("a", shape, extent)
         np.testing.assert_array_equal(drawn, Border(shape, 0.23, circle, extent).mask(Region.whole(shape)))
     old = {"stage": "saliency", "config": {"border": 0.23}}  # a run from before there was a rule to choose
-    np.testing.assert_array_equal(Run(place, {"saliency": old}, 120).border("a", shape, extent), drawn)
+    np.testing.assert_array_equal(Run(place, {"saliency": old}, 120, CLASSES).border("a", shape, extent), drawn)
 
 
 def test_windows_lie_where_they_were(place):
     """c's lies over the middle of its window."""
-    run = Run(place, journal(place), 240)
+    run = Run(place, journal(place), 240, CLASSES)
     assert run.window == (WINDOW, STRIDE)
     data = np.frombuffer(shown(place, width_px=240)[0][1][0].pictures[-1].data, np.uint8)
     picture = cv2.imdecode(data, cv2.IMREAD_COLOR).astype(int)

@@ -7,9 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tilestream import cluster
+from tilestream.cluster import Job, Progress
 from tilestream.nets import load_model
-from tilestream.stages import parse, runner
-from tilestream.stages.search import SearchConfig, drawn
+from tilestream.stages import Context, parse, runner
+from tilestream.stages.convbovw import described, part
+from tilestream.stages.search import SearchConfig, drawn, trial
 
 SPACE = {"learning_rate": [0.001, 0.05], "words": [3, 9]}
 SEARCH = {
@@ -43,7 +46,7 @@ def test_the_best_is_trained_again(run, go, pipeline):
     assert model.parameters["words"] == best["words"]
     history = json.loads((run / "training" / "convbovw_sparse.json").read_text())
     again = max(record["validation_auc"] for record in history["records"])
-    assert again == pytest.approx(best["validation_auc"])
+    assert again == best["validation_auc"]  # the same training, bit for bit
     assert len(pd.read_parquet(run / "convbovw_sparse_predictions.parquet")) == 32
 
 
@@ -69,6 +72,39 @@ def test_a_killed_search_loses_nothing(run, go, pipeline, tmp_path, monkeypatch)
     for row in first:
         assert tables[0].loc[row["id"], "seconds"] == row["seconds"]  # not tried again
     pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
+
+
+def test_a_trial_without_a_finite_loss_never_wins(run, go, write_pipeline):
+    stage = {**SEARCH, "trials": 3, "seed": 10, "space": {"learning_rate": [0.001, 1e30]}, "word_counts": []}
+    said = go(write_pipeline({"convbovw_sparse": stage}), run)
+    table = pd.read_parquet(run / "convbovw_sparse.parquet").set_index("id")
+    lost = table["validation_auc"].isna()
+    assert 0 < lost.sum() < 3
+    assert said.count("no finite loss") == lost.sum()
+    assert f"{table['validation_auc'].idxmax()} is the best" in said
+    stage["space"] = {"learning_rate": [1e29, 1e30]}
+    with pytest.raises(ValueError, match="no trial of 3 had a finite loss; lower the learning rates of space"):
+        go(write_pipeline({"convbovw_sparse": stage}), run)
+
+
+def test_a_long_trial_tells_that_it_lives(run):
+    config, context = (
+        parse(SearchConfig, {k: v for k, v in SEARCH.items() if k != "stage"}),
+        Context(run, run / "photographs.zarr"),
+    )
+    table, bags = described(config, context)
+    train, validation = (part(table, bags, split) for split in ("train", "validation"))
+    training, bar = config.training(epochs=3, flips=False), Ticking("search", 1)
+    arguments = (config.network("descriptors", features=8), training, [train, validation], "cpu", 1)
+    cluster.run([Job.call("a", trial, *arguments)], scheduler="synchronous", window=1, on_result=print, progress=bar)
+    assert bar.ticks == 3 * -(-len(train) // config.batch_size)
+
+
+class Ticking(Progress):
+    ticks = 0
+
+    def tick(self, token: str) -> None:
+        self.ticks += 1
 
 
 def test_what_is_drawn():
@@ -97,3 +133,5 @@ def test_what_is_drawn():
 def test_a_space_that_is_none_is_refused(space, message):
     with pytest.raises(ValueError, match=message):
         parse(SearchConfig, {"space": space}, "search")
+    with pytest.raises(ValueError, match="word_counts"):
+        parse(SearchConfig, {"word_counts": [20, 1]}, "search")

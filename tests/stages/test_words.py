@@ -105,6 +105,19 @@ def test_words_of_descriptors(run, go, write_pipeline):
     assert "words: unchanged, skipped" in go(pipeline, run)
 
 
+@pytest.mark.parametrize("model", ["bovw", "convbovw_sparse"])
+def test_words_of_other_descriptors_are_refused(run, go, write_pipeline, model):
+    learner = {"bovw": {"words": 5, "costs": [1], "gammas": [1]}, "convbovw_sparse": {"epochs": 1, "words": 5}}[model]
+    zarr.open_group(run / "descriptors.zarr").attrs.update({"method": "sift", "contrast": 0.01})
+    go(write_pipeline({model: learner}), run)
+    zarr.open_group(run / "descriptors.zarr").attrs["contrast"] = 0.02
+    message = f"made with contrast=0.02 instead of 0.01, by which the words of {model} were learnt; set descriptors"
+    with pytest.raises(ValueError, match=message):
+        go(write_pipeline({"words": {**WORDS, "model": model}}), run)
+    with pytest.raises(ValueError, match=message):
+        go(write_pipeline({model: {"decision": "stored"}}), run, models=run / "models")
+
+
 def test_words_of_a_dictionary(run, go, write_pipeline):
     stages = {"bovw": {"words": 5, "coding": "hard", "costs": [1], "gammas": [1]}}
     stages["words"] = {**WORDS, "model": "bovw"}
@@ -193,7 +206,7 @@ def test_auc_by_number_of_words_and_the_papers(run, go, write_pipeline):
     assert rows["here: bovw"]["here"].startswith(f"{metrics['bovw']['auc']:.3f} (")
     assert rows["here: bovw"]["here, less bovw"] is None
     assert rows["here: found (search)"]["words"] in range(3, 10)
-    assert rows["here: found (search)"]["p"] == metrics["found"]["auc_minus_bovw_p"]
+    assert rows["here: found (search)"]["p"] == f"{metrics['found']['auc_minus_bovw_p']:.3f}"
     assert not [t for t in json.loads((run / "tables.json").read_text())["tables"] if "per-class" in t["title"]]
 
 

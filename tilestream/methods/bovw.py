@@ -182,6 +182,18 @@ class BagOfVisualWords(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         return found
 
 
+def svm_folds(y: npt.NDArray[np.int64], groups: npt.NDArray[Any]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Of the grid search, (rows to learn from, rows to decide): five folds, fewer where a class has fewer patients.
+
+    ValueError for too few patients of a class: fewer than two, or so few that a fold would learn from one class alone.
+    """
+    count = min(5, *(len(set(groups[y == label])) for label in (0, 1)))
+    folds = list(StratifiedGroupKFold(count, shuffle=True, random_state=0).split(y, y, groups)) if count > 1 else []
+    if not folds or any(len(set(y[learnt])) < 2 for learnt, _ in folds):
+        raise ValueError("the grid search needs training photographs of more patients of each class, of two at least")
+    return folds
+
+
 def search_svm(
     X: Floats,
     y: npt.NDArray[np.int64],
@@ -193,18 +205,14 @@ def search_svm(
     """The class-balanced SVM (rbf) of the highest cross-validated AUC over all C and gamma, fitted; and every AUC.
 
     X (n, words), y 0 or 1, groups (n,): photographs of one patient are never parted; `gammas` are multiples of
-    scikit-learn's "scale". Five folds, fewer where a class has fewer patients; decisions of all folds are ranked
-    together. Of equal AUCs the first wins. ValueError for a class with fewer than two patients. The list has C, gamma
-    (the multiple) and auc of each pair, in order.
+    scikit-learn's "scale". The folds are those of `svm_folds`; decisions of all are ranked together. Of equal AUCs the
+    first wins. The list has C, gamma (the multiple) and auc of each pair, in order.
     """
-    folds = min(5, *(len(set(groups[y == label])) for label in (0, 1)))
-    if folds < 2:
-        raise ValueError("the grid search needs training photographs of two patients of each class at least")
-    cv = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    cv = svm_folds(y, groups)
     scale, tried = 1 / (X.shape[1] * float(X.var()) or 1.0), []
     for C, gamma in product(costs, gammas):
         machine = SVC(C=C, gamma=gamma * scale, class_weight="balanced")
-        decisions = cross_val_predict(machine, X, y, groups=groups, cv=cv, method="decision_function")
+        decisions = cross_val_predict(machine, X, y, cv=cv, method="decision_function")
         tried.append({"C": C, "gamma": gamma, "auc": float(roc_auc_score(y, decisions))})
         on_fit()
     best = max(tried, key=lambda found: found["auc"])

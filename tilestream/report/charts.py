@@ -21,7 +21,8 @@ DASHES = ("-", "--", "-.", ":")
 INK, RULE = "#3a4348", "#c4c2bc"
 DPI = 180  # the page shows charts at half their pixels: sharp on dense screens, 10 pt text at 12.5 px
 BAND = 0.16  # opacity
-_LEGEND: dict[str, Any] = {"alignment": "left", "edgecolor": "none"}
+_BELOW: dict[str, Any] = {"loc": "outside lower center", "alignment": "left", "frameon": False, "fontsize": 9}
+"""The legend's place, where no curve or interval crosses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +53,20 @@ class Rates:
 def roc(curves: Mapping[str, Curve]) -> bytes:
     """ROC curves by name: x the false positive rates, y the true positive rates."""
     _some(curves)
-    figure, (axes,) = _canvas(4.7, 4.4)
+    figure, (axes,) = _canvas(4.7, 4.5 + 0.22 * len(curves))
     axes.plot([0, 1], [0, 1], color=RULE, linewidth=1, zorder=1)
     for index, (name, curve) in enumerate(curves.items()):
         _band(axes, curve, index)
         axes.plot(curve.x, curve.y, label=f"{name}  {curve.text}", clip_on=False, **_style(index))
     axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.legend(loc="lower right", title="AUC (95 % interval)", **_LEGEND)
+    figure.legend(title="AUC (95 % interval)", **_BELOW)
     return _png(figure)
 
 
 def precision_recall(curves: Mapping[str, Curve], share: float) -> bytes:
     """Precision-recall curves by name: x the recalls, rising, y the precisions; chance is `share`, the positives'."""
     _some(curves)
-    figure, (axes,) = _canvas(4.7, 4.4)
+    figure, (axes,) = _canvas(4.7, 4.5 + 0.22 * len(curves))
     axes.axhline(share, color=RULE, linewidth=1, zorder=1)
     for index, (name, curve) in enumerate(curves.items()):
         _band(axes, curve, index, step="pre")
@@ -73,7 +74,7 @@ def precision_recall(curves: Mapping[str, Curve], share: float) -> bytes:
         axes.plot(curve.x, curve.y, label=f"{name}  {curve.text}", clip_on=False, **style)
     axes.set(xlabel="sensitivity (recall)", ylabel="precision (ppv)", xlim=(0, 1), ylim=(0, 1))
     axes.set_aspect("equal")
-    axes.legend(loc="lower left", title="area (95 % interval)", **_LEGEND)
+    figure.legend(title="area (95 % interval)", **_BELOW)
     return _png(figure)
 
 
@@ -124,7 +125,7 @@ def rates(found: Mapping[str, Rates], *, x_label: str, y_label: str) -> bytes:
     axes.set(xlabel=x_label, ylabel=y_label, xlim=(ticks[0] / 1.25, ticks[-1] * 1.25))
     axes.set_ylim(0, min(1, 1.1 * max(shown, default=1)))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)  # intervals would cross it inside
+    figure.legend(ncols=2, **_BELOW)
     return _png(figure)
 
 

@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 Cell = str | int | float | None
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-NUMERIC_TEXT = re.compile(r"(?=\D*\d)[\s\d.,:%()/±×<>=–−+-]+")  # such as 0.893 (0.816–0.941)
+NUMERIC_TEXT = re.compile(r"(?=\D*\d)(?:[\s\d.,:%()/±×<>=–−+-]|\bto\b)+")  # such as 0.893 (0.816–0.941)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +16,14 @@ from pydantic import Field
 
 from tilestream.cluster import Job
 from tilestream.methods import Threshold, fit_threshold
-from tilestream.methods.bovw import BagOfVisualWords, Coding, Pooling, search_svm
+from tilestream.methods.bovw import BagOfVisualWords, Coding, Pooling, search_svm, svm_folds
 from tilestream.methods.estimators import HistogramSVM
 from tilestream.training import groups
 
-from .base import Context, Stage, StageConfig, write_json
+from .base import Context, Stage, StageConfig, digest, write_json
 from .descriptors import Bags, read_descriptors, table_path, zarr_path
 from .jobs import run_jobs, steps
-from .scores import graded, predictions_of, write_predictions
+from .scores import graded, predictions_of, same_splits, write_predictions
 from .split import path_of
 
 _BAGS = 32
@@ -70,25 +71,20 @@ def run(config: BovwConfig, context: Context) -> None:
     if len(lost := table.loc[~table["id"].isin(bags.ids), "id"]):
         context.say(f"{context.name}: {len(lost)} photographs have no bag and are left out: {', '.join(lost[:5])}")
     table = table[table["id"].isin(bags.ids)].reset_index(drop=True)
-    known = table["label"].notna()
+    known, labels = table["label"].notna(), table["label"].fillna(0).to_numpy(np.int64)
     learnt, fixed = (table.index[known & (table["split"] == name)].to_numpy() for name in ("train", "validation"))
-    stored = _stored(context) if config.decision == "stored" else None
+    stored = _stored(context, bags) if config.decision == "stored" else None
     if stored is None:
         _check(table.loc[learnt, "label"], "training")
         _check(table.loc[fixed, "label"], "validation")
+        samples = context.store.samples()
+        patient = pd.Series(groups(samples), samples["id"])[table["id"]].to_numpy()
+        svm_folds(labels[learnt], patient[learnt])  # too few patients are said before any work
         words = _dictionary(config, context, bags.select(table.loc[learnt, "id"]))
     else:
         words = BagOfVisualWords.from_json(stored["dictionary"])
-        if bags.dim != words.n_features_in_:
-            raise ValueError(
-                f"{config.descriptors} has descriptors of {bags.dim} numbers, the stored dictionary is of "
-                f"{words.n_features_in_}; describe photographs as the old run did"
-            )
     histograms = _histograms(context, words, bags.select(table["id"]))
-    labels = table["label"].fillna(0).to_numpy(np.int64)
     if stored is None:
-        samples = context.store.samples()
-        patient = pd.Series(groups(samples), samples["id"])[table["id"]].to_numpy()
         total = len(config.costs) * len(config.gammas)
         with steps(context, f"{context.name} search", total, "pairs") as step:
             machine, tried = search_svm(
@@ -104,8 +100,8 @@ def run(config: BovwConfig, context: Context) -> None:
         if threshold.origin == "prior":
             context.say(f"{context.name}: validation scores do not rise with the labels; the threshold is 0.5")
         parts = {"dictionary": words.to_json(), "machine": machine.to_json(), "search": tried}
-        kept = {"value": threshold.value, "origin": threshold.origin}
-        write_json(model_path(context.run / "models", context.name), {**parts, "threshold": kept})
+        kept = {"splits_sha256": digest(path_of(context)), "descriptors": bags.settings, "threshold": asdict(threshold)}
+        write_json(model_path(context.run / "models", context.name), {**parts, **kept})
     else:
         threshold = Threshold(**stored["threshold"])
     write_predictions(context, table, probability, threshold)
@@ -163,11 +159,14 @@ def model_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.json"
 
 
-def _stored(context: Context) -> dict[str, Any]:
+def _stored(context: Context, bags: Bags) -> dict[str, Any]:
+    """What an old run has learnt; ValueError where it is of other splits, or of other descriptors."""
     path = model_path(context.models_path, context.name)
     if not path.exists():
         raise ValueError(f"{path} does not exist; learn words (decision=fit) from photographs with labels")
     found: dict[str, Any] = json.loads(path.read_text())
+    same_splits(context, context.name, found)
+    bags.check(context.name, found.get("descriptors"))
     return found
 
 

@@ -94,15 +94,16 @@ def run(config: ConvbovwSparseConfig, context: Context, checkpoint: str = "check
     table, bags = described(config, context)
     if config.decision == "stored":
         model = stored(context)
+        bags.check(context.name, model.preprocessing.get("descriptors"))
         decide(context, table, _probability(config, model.net, bags), Threshold(**model.preprocessing["threshold"]))
         return
     parameters = config.network("descriptors", features=bags.dim)
     train, validation = (part(table, bags, split) for split in ("train", "validation"))
     with told(context, context.name, config.epochs, len(train), config.batch_size) as calls:
         net, history = learn(parameters, sparse_training(config, context), train, validation,
-                             context.partial_path / checkpoint, **calls)  # fmt: skip
+                             context.partial_path / checkpoint, context.device, **calls)  # fmt: skip
     keep_history(context, context.name, history)
-    conclude(context, net, parameters, table, _probability(config, net, bags))
+    conclude(context, net, parameters, table, _probability(config, net, bags), descriptors=bags.settings)
 
 
 def described(config: ConvbovwSparseConfig, context: Context) -> tuple[pd.DataFrame, Bags]:
@@ -135,13 +136,14 @@ def sparse_training(config: ConvbovwSparseConfig, context: Context) -> TrainingC
 
 
 def learn(
-    parameters: dict[str, Any], training: TrainingConfig, train: Any, validation: Any, folder: Path, **calls: Any
-) -> tuple[nn.Module, History]:
+    parameters: dict[str, Any], training: TrainingConfig, train: Any, validation: Any, folder: Path, device: str,
+    **calls: Any,
+) -> tuple[nn.Module, History]:  # fmt: skip
     """U and D, trained jointly from initial weights that the seed alone decides."""
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         net = build(ARCHITECTURE, parameters)
-    net.to("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(device)
     return net, fit(net, train, validation, training, folder, **calls)
 
 
@@ -193,7 +195,7 @@ def decide(context: Context, table: pd.DataFrame, probability: npt.ArrayLike, th
 def stored(context: Context) -> Model:
     """This stage's model of an old run, or of this one; ValueError where it was trained on other splits."""
     model = read_model(context, context.name)
-    same_splits(context, context.name, model)
+    same_splits(context, context.name, model.preprocessing)
     return model
 
 

@@ -19,7 +19,7 @@ from tilestream.cluster import Job
 from tilestream.engine import Streamed, stream
 from tilestream.methods import Extremes, Normalised, Threshold, crop_region, cut, random_centre
 from tilestream.methods.preprocessing import Floats
-from tilestream.nets import save_model
+from tilestream.nets import build, save_model
 from tilestream.store import Store
 from tilestream.training import fit
 
@@ -154,22 +154,26 @@ def _learnt(
         labels = found["label"].to_numpy(np.int64)
         wholes.append(Photographs(context.store, list(found["id"]), labels, average, known, config.side_px))
     crops = [Crops(whole, config.crops, config.crop_px, config.seed) for whole in wholes]
+    shapes = {whole[i].shape for whole in wholes for i in range(len(whole))}
+    for shape in sorted(shapes) if config.epochs else ():  # a small budget is said before any work
+        _stream(build(ARCHITECTURE, parameters).eval(), context).plan(shape, weights=True)
     settings = config.training(epochs=config.crop_epochs, rotation_deg=config.rotation_deg, colour=config.colour)
-    name = f"{context.name}_crops"
+    name, folder = f"{context.name}_crops", context.partial_path / "crops"
     with told(context, name, config.crop_epochs, len(crops[0]), config.batch_size) as calls:
-        net, history = learn(parameters, settings, crops[0], crops[1], context.partial_path / "crops", **calls)
+        net, history = learn(parameters, settings, crops[0], crops[1], folder, context.device, **calls)
     keep_history(context, name, history)
     if not config.epochs:
         return net
-    streamed = stream(net, memory=int(context.cluster.memory))
-    for shape in sorted({whole[i].shape for whole in wholes for i in range(len(whole))}):
-        streamed.plan(shape, weights=True)  # a small budget is said before any work
     settings = config.training(epochs=config.epochs, learning_rate=config.full_learning_rate)
     folder = context.partial_path / "photographs"
     with told(context, context.name, config.epochs, len(wholes[0]), config.batch_size) as calls:
-        history = fit(net, wholes[0], wholes[1], settings, folder, streamed=streamed, **calls)
+        history = fit(net, wholes[0], wholes[1], settings, folder, streamed=_stream(net, context), **calls)
     keep_history(context, context.name, history)
     return net
+
+
+def _stream(net: nn.Module, context: Context) -> Streamed:
+    return stream(net, memory=int(context.cluster.memory))
 
 
 def photograph(store: Store, id: str, average: Floats, known: Extremes, side_px: int | None) -> Normalised:
@@ -207,7 +211,7 @@ def one(store: str, id: str, known: Extremes, path: str, sha256: str, memory: in
     streamed, kept = _streamed(path, sha256, memory, device)
     average = np.asarray(kept["average"], np.float32)
     logits = streamed(photograph(Store(store), id, average, known, kept["side_px"]))
-    return float(logits.softmax(1)[0, 1])
+    return float(logits.double().softmax(1)[0, 1])
 
 
 @lru_cache(maxsize=2)

@@ -139,6 +139,21 @@ class Bags(Sequence[Floats]):
         """Length d of a descriptor."""
         return int(self._descriptors.shape[1])
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides how photographs were described."""
+        return dict(zarr.open_group(self.path, mode="r").attrs)
+
+    def check(self, name: str, settings: Mapping[str, Any] | None) -> None:
+        """ValueError unless the words of the stage `name` were learnt of descriptors made by the same settings."""
+        if settings is None:
+            raise ValueError(f"{name} does not say of which descriptors its words are; learn them again")
+        mine = self.settings
+        if other := sorted(key for key in {*mine, *settings} if mine.get(key) != settings.get(key)):
+            said = ", ".join(f"{key}={mine.get(key)!r} instead of {settings.get(key)!r}" for key in other)
+            raise ValueError(f"{self.path.stem} was made with {said}, by which the words of {name} were learnt; set "
+                             "descriptors, or describe photographs as then")  # fmt: skip
+
     def select(self, ids: Iterable[str]) -> Bags:
         """The bags of these photographs, in this order; ValueError for one that has none."""
         rows = dict(zip(self.ids, self._rows, strict=True))
@@ -179,7 +194,7 @@ def run(config: DescriptorsConfig, context: Context) -> None:
     journal = Journal(context.partial_path / "descriptors.jsonl")
     if not (out / "keypoints" / "zarr.json").exists():
         journal.path.unlink(missing_ok=True)  # it speaks of bags that a killed run had moved to their place already
-        _create(out, room * len(samples), rows, method.dim)
+        _create(out, room * len(samples), rows, method.dim, config)
     done = {id: record for id, record in journal.read().items() if id in starts}
     if done:
         context.say(f"{context.name}: {len(done)} of {len(samples)} photographs are done already")
@@ -272,8 +287,9 @@ def _only(counts: list[int]) -> int:
     return counts[0]
 
 
-def _create(path: Path, count: int, rows: int, dim: int) -> None:
-    group = zarr.create_group(path, overwrite=True)
+def _create(path: Path, count: int, rows: int, dim: int, config: DescriptorsConfig) -> None:
+    settings = config.model_dump(mode="json", exclude={"tile_px", "splits", "limit"})
+    group = zarr.create_group(path, overwrite=True, attributes=settings)
     for name, width, second in (("descriptors", dim, "component"), ("keypoints", 4, "place")):
         group.create_array(
             name,

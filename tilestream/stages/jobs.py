@@ -67,6 +67,7 @@ def run_jobs(
     on_result: Callable[[str, Any], None],
     load: Load = Load(),
     on_poison: Callable[[str, str], None] | None = None,
+    unit: str = "images",
 ) -> None:
     """Makes and runs a job for each name, a bounded window of them in flight; results come in order of completion.
 
@@ -86,7 +87,7 @@ def run_jobs(
         tell(client, "quarantine", **context.labels, stage=title, id=job.name, reason=str(error))
         on_poison(job.name, str(error))
 
-    with shown(context, title, len(names), load.tiles) as bar:
+    with shown(context, title, len(names), load.tiles, unit) as bar:
         run(
             (make(name) for name in names),
             client=client,
@@ -102,6 +103,6 @@ def run_jobs(
     if failures:
         name, error = failures[0]
         raise RuntimeError(
-            f"{title}: {len(failures)} of {len(names)} photographs failed, the first {name}: {error}; "
+            f"{title}: {len(failures)} of {len(names)} {unit} failed, the first {name}: {error}; "
             "the others are kept, --resume continues"
         )

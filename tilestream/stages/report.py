@@ -37,6 +37,7 @@ class ReportConfig(StageConfig):
     title: str = Field("tilestream run", description="title of the page")
     gallery: int = Field(24, ge=0, le=100, description="photographs in the gallery, at most; half of them wrong cases")
     width_px: int = Field(640, ge=64, le=2048, description="width of the pictures")
+    classes: tuple[str, str] = Field(("healthy", "unhealthy"), description="what labels 0 and 1 are called")
     credit: str = Field("", description="attribution of the photographs, shown on the page")
 
 
@@ -44,12 +45,12 @@ def run(config: ReportConfig, context: Context) -> None:
     """Writes report.html and says where it is. The same files of a run give the same page."""
     records = journal(context)
     sections = [
-        *results(context),
+        *results(context, config.classes),
         *comparison(context),
         *visual_words(context, records),
         *localisation(context, _stages(records, "localise")),
-        *faithfulness(context, _stages(records, "faithfulness")),
-        *gallery(Run(context, records, config.width_px), config.gallery),
+        *faithfulness(context, _stages(records, "faithfulness"), config.classes[1]),
+        *gallery(Run(context, records, config.width_px, config.classes), config.gallery),
         *_training(context),
         *_run(context, records),
     ]
@@ -115,7 +116,7 @@ def report_path(context: Context) -> Path:
 
 def reads(config: ReportConfig, context: Context) -> Iterable[Path]:
     records = journal(context)
-    shown = Run(context, records, config.width_px)
+    shown = Run(context, records, config.width_px, config.classes)
     tables = [centres_path(context, shown.saliency), candidates_path(context, shown.saliency)]
     tables += [table_path(context, shown.crops), windows_path(context, shown.windows), tables_path(context)]
     tables += [

@@ -30,7 +30,6 @@ from .windows import map_path, windows_path
 
 Records = Mapping[str, dict[str, Any]]
 """What the journal has of each stage by name, in the order in which they were run."""
-WORDS = ("healthy", "unhealthy")
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Run:
     context: Context
     records: Records
     width_px: int
+    classes: tuple[str, str]
 
     def _of(self, verb: str) -> list[dict[str, Any]]:
         return [record["config"] for record in self.records.values() if record["stage"] == verb]
@@ -270,7 +270,7 @@ def _facts(
         if pd.isna(row[f"{prefix}probability"]):
             continue
         decision = int(row[f"{prefix}decision"])
-        said = f"{WORDS[decision]} ({row[f'{prefix}probability']:.3f})"
+        said = f"{run.classes[decision]} ({row[f'{prefix}probability']:.3f})"
         if not pd.isna(row["label"]):
             right = int(row["label"]) == decision
             said += ", right" if right else ", wrong"

@@ -32,7 +32,8 @@ PAPERS = {
     "Costa": "Costa and Campilho (2017), doi 10.1186/s41074-017-0023-6.",
 }
 """By how the titles of their tables begin."""
-WORDS = ("healthy", "unhealthy")
+MOST_BANDS = 3
+"""Of more curves the bands would hide one another."""
 FIVE = {"accuracy": "accuracy", "within_one_grade": "within one grade", "kappa": "quadratic weighted kappa"}
 RATES = {"pointing_game": "centre on a lesion (pointing game)", "crop_holds_lesion": "crop holds a lesion"}
 GRADES = [str(grade) for grade in range(5)]
@@ -41,7 +42,7 @@ Floats = bootstrap.Floats
 Band = tuple[Floats, Floats, Floats]
 
 
-def results(context: Context) -> Iterator[Section]:
+def results(context: Context, classes: tuple[str, str]) -> Iterator[Section]:
     """Measures, curves, calibration and confusion of the models; nothing where they are of other predictions."""
     metrics = read_metrics(context)
     names = (metrics or {}).get("predictions", ["predict"])
@@ -51,28 +52,28 @@ def results(context: Context) -> Iterator[Section]:
     table["patient_group"], of = patient_groups(table, context)
     models = {name: prefix for name, prefix in columns(table).items() if metrics.get(name, {}).get("photographs")}
     if models:
-        intro = f"{_graded(table)} Thresholds were fixed on validation photographs."
-        items = [*_measures(metrics, models, of), *_curves(metrics, models, table, of)]
+        intro = f"{_graded(table, classes)} Thresholds were fixed on validation photographs."
+        items = [*_measures(metrics, models, of, classes[1]), *_curves(metrics, models, table, of)]
         yield Section("Results", intro, items)
-        intro = "What a probability means: of the photographs given it, that share should be unhealthy."
-        yield Section("Calibration", intro, list(_calibration(context, metrics, models, table)))
-    matrices = list(_matrices(metrics, models))
+        intro = f"What a probability means: of the photographs given it, that share should be {classes[1]}."
+        yield Section("Calibration", intro, list(_calibration(context, metrics, models, table, classes)))
+    matrices = list(_matrices(metrics, models, classes))
     if matrices:
         yield Section("Decisions by grade", "Counts, and shares of each grade's photographs.", matrices)
 
 
-def _graded(table: pd.DataFrame) -> str:
-    """Which grades count as healthy, and which as unhealthy."""
+def _graded(table: pd.DataFrame, classes: tuple[str, str]) -> str:
+    """Which grades make which class."""
     grades = table[table["grade"].notna()].groupby("label")["grade"].unique()
-    said = (f"{WORDS[label]}: {', '.join(str(int(g)) for g in sorted(found))}" for label, found in grades.items())
+    said = (f"{classes[label]}: {', '.join(str(int(g)) for g in sorted(found))}" for label, found in grades.items())
     return f"Grades, {'; '.join(said)}."
 
 
-def _measures(metrics: dict[str, Any], models: dict[str, str], of: str) -> Iterator[KeyFigures | Table]:
+def _measures(metrics: dict[str, Any], models: dict[str, str], of: str, positive: str) -> Iterator[KeyFigures | Table]:
     yield KeyFigures({f"AUC, {_words(name)}": interval(metrics[name], "auc") for name in models})
     rows: list[list[Any]] = [
         [label, *(metrics[name].get(key) for name in models)]
-        for key, label in (("photographs", "photographs"), ("unhealthy", "unhealthy ones"))
+        for key, label in (("photographs", "photographs"), ("unhealthy", f"{positive} ones"))
     ]
     reference = metrics.get("reference", "naive")
     first = {key: MEASURES[key] for key in ("auc", "auc_bootstrap")}
@@ -101,16 +102,18 @@ def _curves(metrics: dict[str, Any], models: dict[str, str], table: pd.DataFrame
         rates, hits, _ = roc_points(labels, scores)
         right, found, _ = pr_points(labels, scores)
         groups = known["patient_group"].to_numpy()
-        bands = [band(labels, scores, groups, read) for read in (sensitivity_at, precision_at)]
+        both = (sensitivity_at, precision_at)
+        bands = [band(labels, scores, groups, read) if len(models) <= MOST_BANDS else None for read in both]
         roc[_words(name)] = Curve(rates, hits, interval(metrics[name], "auc") or "", bands[0])
         right[-1] = right[-2]  # up to the first corner precision is that corner's
         precision[_words(name)] = Curve(found[::-1], right[::-1], interval(metrics[name], "auprc") or "", bands[1])
     if not roc:
         return
-    shaded = f"shaded: 95 % of {bootstrap.DRAWS:,} draws of whole {of}, at each place by itself"
-    yield Picture(report.roc(roc), f"Receiver operating characteristic; {shaded}.", _alt("ROC curves", roc), chart=True)
+    shaded = f"; shaded: 95 % of {bootstrap.DRAWS:,} draws of whole {of}, at each place by itself"
+    shaded = shaded if len(models) <= MOST_BANDS else ""
+    yield Picture(report.roc(roc), f"Receiver operating characteristic{shaded}.", _alt("ROC curves", roc), chart=True)
     share = float(table["label"].mean())
-    drawn, caption = report.precision_recall(precision, share), f"Precision and recall; {shaded}; grey: chance."
+    drawn, caption = report.precision_recall(precision, share), f"Precision and recall{shaded}; grey: chance."
     yield Picture(drawn, caption, _alt("Precision-recall curves", precision), chart=True)
 
 
@@ -160,7 +163,7 @@ def precision_at(positives: Floats, negatives: Floats) -> Floats:
 
 
 def _calibration(
-    context: Context, metrics: dict[str, Any], models: dict[str, str], table: pd.DataFrame
+    context: Context, metrics: dict[str, Any], models: dict[str, str], table: pd.DataFrame, classes: tuple[str, str]
 ) -> Iterator[Picture]:
     path = decision_path(context)
     thresholds = json.loads(path.read_text()) if path.exists() else {}
@@ -171,17 +174,18 @@ def _calibration(
                 f"Reliability of the {words} model, bars: Wilson's 95 % intervals. Brier score "
                 f"{measures['brier']:.3f}, calibration error {measures['ece']:.3f}."
             )
-            yield Picture(report.reliability(bins), caption, f"reliability diagram, {words}", chart=True)
+            yield Picture(report.reliability(bins, classes[1]), caption, f"reliability diagram, {words}", chart=True)
         known = table[table[f"{prefix}probability"].notna()]
         threshold = thresholds.get(name, {}).get("value")
-        drawn = report.probability_histogram(known[f"{prefix}probability"], known["label"], threshold=threshold)
+        given = (known[f"{prefix}probability"], known["label"])
+        drawn = report.probability_histogram(*given, threshold=threshold, names=classes)
         yield Picture(drawn, f"Probabilities of the {words} model.", f"histogram of probabilities, {words}", chart=True)
 
 
-def _matrices(metrics: dict[str, Any], models: dict[str, str]) -> Iterator[Picture | Table]:
+def _matrices(metrics: dict[str, Any], models: dict[str, str], classes: tuple[str, str]) -> Iterator[Picture | Table]:
     for name in models:
         kinds: dict[str, Any] = {"row_label": "decision", "column_label": "grade", "truth": "columns"}
-        matrix = report.confusion(np.asarray(metrics[name]["by_grade"]), ["healthy", "unhealthy"], GRADES, **kinds)
+        matrix = report.confusion(np.asarray(metrics[name]["by_grade"]), classes, GRADES, **kinds)
         yield Picture(matrix, f"The {_words(name)} model.", f"decisions by grade, {_words(name)}", chart=True)
     if five := metrics.get("naive", {}).get("five_grade"):
         matrix = report.confusion(np.asarray(five["confusion"]), GRADES, GRADES, row_label="grade")
@@ -221,7 +225,7 @@ def localisation(context: Context, stages: list[str]) -> Iterator[Section]:
         yield Section(heading, intro, list(_found(found)))
 
 
-def faithfulness(context: Context, stages: list[str]) -> Iterator[Section]:
+def faithfulness(context: Context, stages: list[str], positive: str) -> Iterator[Section]:
     """Whether maps say what the network does, a section a faithfulness stage."""
     for name in stages:
         path = faithfulness_path(context, name)
@@ -233,14 +237,15 @@ def faithfulness(context: Context, stages: list[str]) -> Iterator[Section]:
             continue
         heading = "Faithfulness of the maps" if len(stages) == 1 else f"Faithfulness of the maps: {name}"
         intro = (
-            f"Means over {found['photographs']} squashed photographs, {found['unhealthy']} of them unhealthy. Deletion "
-            "blurs a map's highest places first, insertion brings them into the blurred photograph first. Where a map "
-            "says what the network looks at, the probability falls earlier, or rises earlier, than by a map of noise."
+            f"Means over {found['photographs']} squashed photographs, {found['unhealthy']} of them {positive}. "
+            "Deletion blurs a map's highest places first, insertion brings them into the blurred photograph first. "
+            "Where a map says what the network looks at, the probability falls earlier, or rises earlier, than by a "
+            "map of noise."
         )
-        yield Section(heading, intro, list(_faithful(found)))
+        yield Section(heading, intro, list(_faithful(found, positive)))
 
 
-def _faithful(found: dict[str, Any]) -> Iterator[Table | Picture]:
+def _faithful(found: dict[str, Any], positive: str) -> Iterator[Table | Picture]:
     likeness = {method: [each["spearman"] for each in found[method]["correlations"]] for method in found["methods"]}
     rows: list[list[Any]] = [
         [name, found[name]["deletion"], found[name]["insertion"], *(values[i] for i in (0, -1))]
@@ -259,7 +264,7 @@ def _faithful(found: dict[str, Any]) -> Iterator[Table | Picture]:
         }
         for which in ("deletion", "insertion")
     }
-    drawn = report.lines(panels, x_label="share exchanged", y_label="probability of “unhealthy”")
+    drawn = report.lines(panels, x_label="share exchanged", y_label=f"probability of “{positive}”")
     yield Picture(drawn, "Deletion and insertion, with their areas.", "deletion and insertion curves", chart=True)
     blocks = [each["down_to"] for each in found[found["methods"][0]]["correlations"]]
     curves = {name: Curve(range(len(blocks)), np.array(values, float)) for name, values in likeness.items()}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,9 +84,12 @@ def write_predictions(context: Context, table: pd.DataFrame, probability: npt.Ar
     write_table(predictions_of(context, context.name), table)
 
 
-def same_splits(context: Context, name: str, model: Model) -> None:
-    """Refuses a model of other splits than this run's: its training photographs may be in this run's test set."""
-    learnt = model.preprocessing.get("splits_sha256")
+def same_splits(context: Context, name: str, kept: Mapping[str, Any]) -> None:
+    """Refuses a model of other splits than this run's: its training photographs may be in this run's test set.
+
+    `kept` is what is kept with the model.
+    """
+    learnt = kept.get("splits_sha256")
     if path_of(context).exists() and learnt is not None and learnt != digest(path_of(context)):
         raise ValueError(f"model={name!r} was trained on other splits than this run's splits.parquet; train it again")
 
@@ -154,7 +157,7 @@ def _attention(config: PredictConfig, context: Context, bags: Bags, photographs:
 
 def _read(context: Context, name: str) -> Model:
     model = read_model(context, name)
-    same_splits(context, name, model)
+    same_splits(context, name, model.preprocessing)
     return model
 
 

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pandas as pd
 import torch
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from scipy.stats import loguniform, randint, uniform
 from sklearn.model_selection import ParameterSampler
 
-from tilestream.cluster import Job
+from tilestream.cluster import Job, tile_done
 from tilestream.methods import metrics
 from tilestream.training import TrainingConfig, predict
 
@@ -36,13 +36,14 @@ COLUMNS = [
 class SearchConfig(ConvbovwSparseConfig):
     """Searches settings of convbovw_sparse at random by validation AUC; the best is trained again, and decides."""
 
+    epochs: int = Field(30, ge=1, description="passes over the training photographs, in every trial")
     trials: int = Field(20, ge=1, description="settings that are tried; may be raised on --resume")
     space: dict[Name, tuple[float, float]] = Field(
         {"learning_rate": (1e-4, 1e-2), "dropout": (0, 0.6), "words": (20, 200), "hidden": (256, 512)},
         description="lowest and highest value of what is drawn, the learning rate on a logarithmic scale; what is not "
         "named here keeps its setting",
     )
-    word_counts: list[int] = Field(
+    word_counts: list[Annotated[int, Field(ge=2)]] = Field(
         [20, 55, 100, 200], description="numbers of words M tried beside, with the best of the other settings"
     )
 
@@ -84,24 +85,35 @@ def run(config: SearchConfig, context: Context) -> None:
             settings = config.model_copy(update=wanted[id])
             parameters = settings.network("descriptors", features=bags.dim)
             training = sparse_training(settings, context)
-            return Job.call(id, trial, parameters, training, [train, validation, *others], context.cluster.threads)
+            parts = [train, validation, *others]
+            return Job.call(id, trial, parameters, training, parts, context.device, context.cluster.threads)
 
         def result(id: str, row: dict[str, Any]) -> None:
             found[id] = {"id": id, **wanted[id], **row}
             journal.append(found[id])
             said = ", ".join(f"{name} {value:.4g}" for name, value in wanted[id].items())
-            context.say(f"{context.name}: {id}: {said}: validation AUC {row['validation_auc']:.3f}")
+            auc = row["validation_auc"]
+            found_auc = "no finite loss" if auc is None else f"validation AUC {auc:.3f}"
+            context.say(f"{context.name}: {id}: {said}: {found_auc}")
 
-        run_jobs(context, context.name, missing, make, result, Load(device=context.device))
+        run_jobs(context, context.name, missing, make, result, Load(device=context.device), unit="trials")
         return [found[id] for id in wanted]
 
     rows = tried({f"trial {i}": settings for i, settings in enumerate(drawn(config))})
-    best = max(rows, key=lambda row: row["validation_auc"])
+    finite = [row for row in rows if row["validation_auc"] is not None]
+    if not finite:
+        raise ValueError(f"no trial of {len(rows)} had a finite loss; lower the learning rates of space")
+    best = max(finite, key=lambda row: row["validation_auc"])
     chosen = {name: best[name] for name in drawn(config)[0]}
     context.say(f"{context.name}: {best['id']} is the best, validation AUC {best['validation_auc']:.3f}")
     rows += tried({f"words {m}": {**chosen, "words": m} for m in config.word_counts}, test)
     write_table(trials_path(context), pd.DataFrame(rows, columns=COLUMNS))
-    convbovw.run(config.model_copy(update=chosen), context, best["id"])
+    threads = torch.get_num_threads()
+    steady(context.device, context.cluster.threads)  # as on the workers: the same training, bit for bit
+    try:
+        convbovw.run(config.model_copy(update=chosen), context, best["id"])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def drawn(config: SearchConfig) -> list[dict[str, Any]]:
@@ -117,13 +129,22 @@ def drawn(config: SearchConfig) -> list[dict[str, Any]]:
     return [{**fixed, **{name: int(v) if name in whole else float(v) for name, v in each.items()}} for each in sampler]
 
 
-def trial(parameters: dict[str, Any], training: TrainingConfig, parts: list[Described], threads: int) -> dict[str, Any]:
-    """One setting, trained on a worker: its best epoch and validation AUC; of a third part the AUC, with interval."""
+def trial(
+    parameters: dict[str, Any], training: TrainingConfig, parts: list[Described], device: str, threads: int
+) -> dict[str, Any]:
+    """One setting, trained on a worker: its best epoch and validation AUC; of a third part the AUC, with interval.
+
+    Without epoch and AUC where the loss was not finite.
+    """
     started = time.perf_counter()
-    steady("cuda" if torch.cuda.is_available() else "cpu", threads)
+    steady(device, threads)
     train, validation, *others = parts
     with tempfile.TemporaryDirectory() as folder:
-        net, history = learn(parameters, training, train, validation, Path(folder))
+        try:  # each batch is told, or a long trial would be taken for one that hangs
+            calls = {"on_batch": lambda done, of: tile_done()}
+            net, history = learn(parameters, training, train, validation, Path(folder), device, **calls)
+        except FloatingPointError:
+            return {"best_epoch": None, "validation_auc": None, "seconds": round(time.perf_counter() - started, 3)}
     row: dict[str, Any] = {"best_epoch": history.best_epoch}
     row["validation_auc"] = history.records[history.best_epoch - 1].validation_auc
     for other in others:

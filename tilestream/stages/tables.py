@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from rich.console import Console
 from rich.table import Table
 
 from .base import Context, Stage, StageConfig, write_json
@@ -26,7 +27,8 @@ HOURS = 70
 BAGS = (
     ("standard BoVW (Pires et al. 2014)", 1000, None, 0.94, None),
     ("BoVW of another coding (Quellec et al. 2016)", None, None, None, 0.89),
-    ("ConvBoVW, sparse SURF", 100, 0.93, 0.97, 0.90),
+    ("ConvBoVW, sparse SURF", None, 0.93, None, 0.90),
+    ("ConvBoVW, sparse SURF", 100, None, 0.97, None),
     ("ConvBoVW, sparse SURF", 55, None, 0.96, None),
     ("ConvBoVW, dense, CNN", None, 0.91, None, None),
 )
@@ -105,7 +107,9 @@ def bags(metrics: dict[str, Any], context: Context) -> list[dict[str, Any]]:
     for name in names:
         measures = metrics.get(name) or {}
         label = name if name == stages[name] else f"{name} ({stages[name]})"
-        found = [interval(measures, "auc"), interval(measures, less), measures.get(f"{less}_p")]
+        p = measures.get(f"{less}_p")
+        said = None if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+        found = [interval(measures, "auc"), interval(measures, less), said]
         rows.append([f"here: {label}", count_of(context, name), *none, *found])
     note = (
         "Paper: section 4.2 with Tables 5 to 7, and Fig. 3 for 55 words; SURF there is RootSIFT here. These are other "
@@ -150,7 +154,9 @@ def interval(measures: dict[str, Any], name: str) -> str | None:
     value, low, high = (measures.get(key) for key in (name, f"{name}_low", f"{name}_high"))
     if value is None:
         return None
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f}–{high:.3f})"
+    if low is None or high is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({low:.3f}{' to ' if low < 0 else '–'}{high:.3f})"
 
 
 def show(table: dict[str, Any], context: Context) -> None:
@@ -160,12 +166,13 @@ def show(table: dict[str, Any], context: Context) -> None:
         return
     drawn = Table(title=table["title"], caption=table["note"] or None, caption_justify="left", title_justify="left")
     for number, name in enumerate(table["columns"]):
-        drawn.add_column(name, justify="right" if number else "left")
+        drawn.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in table["rows"]:
         drawn.add_row(
             *("–" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row)
         )
-    context.console.print(drawn, markup=False)
+    console = context.console if context.console.is_terminal else Console(file=context.console.file, width=120)
+    console.print(drawn, markup=False)
 
 
 def tables_path(context: Context) -> Path:

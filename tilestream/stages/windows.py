@@ -81,7 +81,7 @@ def run(config: WindowsConfig, context: Context) -> None:
     if not len(samples):
         raise ValueError(f"splits={config.splits}: no photograph is in them")
     model = read_model(context, config.model, config.net)
-    same_splits(context, config.model, model)
+    same_splits(context, config.model, model.preprocessing)
     extents = {row.id: (int(row.height), int(row.width)) for row in samples.itertuples()}
     device = context.device
     machine = _machine(context, device)

@@ -160,8 +160,9 @@ def _read(config: LearntConfig, context: Context) -> Words:
     """The words, from the file of the stage that learnt them."""
     path = model_path(context, config.model)
     if path.suffix == ".json":
-        count = len(json.loads(path.read_text())["dictionary"]["words_"])
-        return Words(path, count, None, read_descriptors(context, config.descriptors), None)
+        kept, described = json.loads(path.read_text()), read_descriptors(context, config.descriptors)
+        described.check(config.model, kept.get("descriptors"))
+        return Words(path, len(kept["dictionary"]["words_"]), None, described, None)
     model = read_model(context, config.model)
     if model.architecture != ARCHITECTURE:
         raise ValueError(f"model={config.model!r} is a {model.architecture}, which has no words; name a stage that "
@@ -170,9 +171,8 @@ def _read(config: LearntConfig, context: Context) -> Words:
     weights = (net.classifier.weight[1] - net.classifier.weight[0]).detach().numpy()
     images = model.parameters["instances"] == "images"
     bags = None if images else read_descriptors(context, config.descriptors)
-    if bags is not None and bags.dim != model.parameters["features"]:
-        raise ValueError(f"{config.descriptors} has descriptors of {bags.dim} numbers, the words of {config.model} are "
-                         f"of {model.parameters['features']}; set descriptors")  # fmt: skip
+    if bags is not None:
+        bags.check(config.model, model.preprocessing.get("descriptors"))
     return Words(path, len(weights), weights, bags, model)
 
 
