@@ -94,7 +94,7 @@ def test_a_long_trial_tells_that_it_lives(run):
     )
     table, bags = described(config, context)
     train, validation = (part(table, bags, split) for split in ("train", "validation"))
-    training, bar = config.training(epochs=3, flips=False), Ticking("search", 1)
+    training, bar = config.training(epochs=3, flips=False), Ticking("search", 1, None, "trials", lambda: None)
     arguments = (config.network("descriptors", features=8), training, [train, validation], "cpu", 1)
     cluster.run([Job.call("a", trial, *arguments)], scheduler="synchronous", window=1, on_result=print, progress=bar)
     assert bar.ticks == 3 * -(-len(train) // config.batch_size)
