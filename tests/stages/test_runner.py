@@ -95,8 +95,19 @@ def test_a_run_folder_named_another_way_is_the_same(tmp_path: Path, monkeypatch)
     assert not execute("write", stage, Config(), Context(Path()))
 
 
-def test_a_meter_sees_memory_come_and_go():
-    with Meter() as meter:
+def test_a_meter_goes_on_from_a_killed_beginning(tmp_path):
+    before = {"wall_s": 100.0, "peak_driver_bytes": 2**45, "peak_worker_bytes": 7}
+    (tmp_path / "timing.json").write_text(json.dumps(before))
+    with Meter(tmp_path / "timing.json") as meter:
+        meter._done.wait(0.2)
+    kept = json.loads((tmp_path / "timing.json").read_text())
+    assert kept == meter.record()
+    assert 100.2 <= kept["wall_s"] < 110
+    assert kept["peak_bytes"] == kept["peak_driver_bytes"] == 2**45
+
+
+def test_a_meter_sees_memory_come_and_go(tmp_path):
+    with Meter(tmp_path / "timing.json") as meter:
         block = bytearray(200 * 2**20)
         block[::4096] = b"x" * len(block[::4096])
         meter._done.wait(0.3)

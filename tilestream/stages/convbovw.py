@@ -21,7 +21,7 @@ from torch import nn
 
 from tilestream.methods import Threshold, fit_threshold
 from tilestream.nets import Model, build, save_model
-from tilestream.training import EpochRecord, History, TrainingConfig, fit, predict
+from tilestream.training import History, TrainingConfig, fit, predict
 
 from .base import Context, Stage, StageConfig, digest, write_json
 from .descriptors import Bags, read_descriptors, table_path, zarr_path
@@ -29,7 +29,7 @@ from .jobs import steps
 from .models import locate, read_model
 from .scores import graded, predictions_of, same_splits, write_predictions
 from .split import path_of
-from .train import history_path
+from .train import history_path, tells_epochs
 
 ARCHITECTURE = "ConvBoVW"
 
@@ -150,15 +150,8 @@ def learn(
 @contextmanager
 def told(context: Context, title: str, epochs: int, count: int, batch_size: int) -> Iterator[dict[str, Any]]:
     """What `fit` is to call while it trains on `count` examples."""
-
-    def epoch(record: EpochRecord) -> None:
-        context.say(
-            f"{title}: epoch {record.epoch}/{epochs} loss {record.train_loss:.4f}, validation loss "
-            f"{record.validation_loss:.4f} AUC {record.validation_auc:.3f}, {record.seconds:.1f} s"
-        )
-
     with steps(context, title, epochs * -(-count // batch_size), "batches") as step:
-        yield {"on_epoch": epoch, "on_batch": lambda done, of: step()}
+        yield {"on_epoch": tells_epochs(context, title, epochs), "on_batch": lambda done, of: step()}
 
 
 def keep_history(context: Context, name: str, history: History) -> None:

@@ -95,9 +95,7 @@ def _run(context: Context, records: dict[str, dict[str, Any]]) -> Iterator[Secti
             for name, t in ((name, timings[name]) for name in order)
         ]
         rows.append(["all", sum(row[1] for row in rows), *(max(row[i] for row in rows) for i in (2, 3))])
-        note = "Time and peak memory of each stage"
-        resumed = [name for name in order if timings[name].get("resumed")]
-        note += f"; only the last part of those that were resumed: {', '.join(resumed)}." if resumed else "."
+        note = "Time and peak memory of each stage."
         items.append(Table(["stage", "wall, s", "driver, MiB", "largest worker, MiB"], rows, note, digits=1))
     made = [f"{name} {record['versions']['torch']}" for name, record in records.items() if "versions" in record]
     older = [text for text in made if text.rpartition(" ")[2] != version("torch")]

@@ -23,6 +23,9 @@ import torch
 
 from .base import Context, Stage, StageConfig, digest, holder, write_json
 
+_KEPT_S = 2.0
+"""Seconds from one record of a stage's time to the next."""
+
 
 class Journal:
     """Finished items of a stage, a JSON line each, synced; what a kill tore off is left out when it is read."""
@@ -55,12 +58,19 @@ class Journal:
 
 
 class Meter:
-    """Wall time of a stage, and the peak resident memory of this process and of its largest local worker."""
+    """Wall time of a stage, and the peak resident memory of this process and of its largest local worker.
+
+    It is kept in `path` every few seconds, and what that holds of a killed beginning of the stage counts, too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __enter__(self) -> Meter:
-        self.driver_bytes = self.worker_bytes = 0
+        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.driver_bytes, self.worker_bytes = (before.get(f"peak_{of}_bytes", 0) for of in ("driver", "worker"))
         self._process, self._done = psutil.Process(), threading.Event()
-        self._started = time.monotonic()
+        self._started_s = time.monotonic() - before.get("wall_s", 0.0)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -68,15 +78,19 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self.wall_s = time.monotonic() - self._started
 
     def _watch(self) -> None:
-        while True:
+        kept_s, ended = time.monotonic(), False
+        while not ended:
             self.driver_bytes = max(self.driver_bytes, self._process.memory_info().rss)
             for size in self._children():
                 self.worker_bytes = max(self.worker_bytes, size)
-            if self._done.wait(0.1):
-                return
+            ended = self._done.wait(0.1)
+            now_s = time.monotonic()
+            self.wall_s = now_s - self._started_s
+            if ended or now_s - kept_s >= _KEPT_S:
+                kept_s = now_s
+                write_json(self.path, self.record())
 
     def _children(self) -> Iterator[int]:
         for child in self._process.children(recursive=True):
@@ -86,7 +100,7 @@ class Meter:
                 continue
 
     def record(self) -> dict[str, Any]:
-        """What timings.json holds for a stage; of a resumed one, for its last part."""
+        """What timings.json holds for a stage."""
         return {
             "wall_s": round(self.wall_s, 3),
             "peak_bytes": max(self.driver_bytes, self.worker_bytes),
@@ -109,13 +123,13 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context, held
         return False
     with ExitStack() as own:
         (held or own).enter_context(locked(context))
-        resumed = _claim(stage, config, context)
+        _claim(stage, config, context)
         context.say(f"{name}: {stage.verb}")
-        with Meter() as meter:
+        with Meter(context.partial_path / "timing.json") as meter:
             stage.run(config, context)
         _record(record_path, mark, stage, config, context)
         shutil.rmtree(context.partial_path)
-        _record_time(context.run / "timings.json", name, {**meter.record(), "resumed": resumed})
+        _record_time(context.run / "timings.json", name, meter.record())
     peaks = f"driver {meter.driver_bytes / 2**20:.0f} MiB"
     if meter.worker_bytes:
         peaks += f", largest worker {meter.worker_bytes / 2**20:.0f} MiB"
@@ -123,21 +137,20 @@ def execute(name: str, stage: Stage, config: StageConfig, context: Context, held
     return True
 
 
-def _claim(stage: Stage, config: StageConfig, context: Context) -> bool:
-    """Makes the folder for unfinished work; True when a killed run's is continued."""
+def _claim(stage: Stage, config: StageConfig, context: Context) -> None:
+    """Makes the folder for unfinished work, or takes a killed run's."""
     mark = fingerprint(stage, config, context, stage.may_grow)
     for partial in (context.run / "journal").glob(f"{glob.escape(context.name)}.partial-*"):
         claim = partial / "fingerprint"
         if context.resume and claim.exists() and claim.read_text() == mark:
             context.attempt = partial.name.rpartition("-")[2]
-            return True
+            return
         why = "inputs or configuration changed" if context.resume else "--resume was not given"
         context.say(f"{context.name}: unfinished work of an earlier run is removed: {why}")
         shutil.rmtree(partial)
     context.attempt = uuid.uuid4().hex[:8]
     context.partial_path.mkdir(parents=True)
     (context.partial_path / "fingerprint").write_text(mark)
-    return False
 
 
 @contextmanager

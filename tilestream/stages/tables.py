@@ -137,14 +137,12 @@ def costs(context: Context, photographs: int, paper_a: bool = True) -> list[dict
         for name, t in times.items()
     ]
     rows.append(["all", sum(row[1] for row in rows), max(row[2] for row in rows), sum(row[3] for row in rows)])
-    resumed = [name for name, t in times.items() if t.get("resumed")]
     note = (
         f"Seconds of this run ({count} photographs of {info['megapixels'] / count:.1f} megapixels) times "
         f"{photographs:,} / {count}: of photographs of that size, on the same machine, by the same settings "
         f"(faithfulness looks at a fixed number)."
     )
     note += f" The paper's whole pipeline took about {HOURS} hours on one K40." if paper_a else ""
-    note += f" Only the last part is counted of stages that were resumed: {', '.join(resumed)}." if resumed else ""
     columns = ["stage", "here, s", "largest process, MiB", f"{photographs:,} photographs, h"]
     return [{"title": "Time and memory", "columns": columns, "rows": rows, "note": note}]
 

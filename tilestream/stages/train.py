@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,7 +17,7 @@ from torch import nn
 from tilestream.engine import Streamed, stream
 from tilestream.methods import unhealthy
 from tilestream.nets import build, load_weights, save_model
-from tilestream.training import ALONE, Examples, Group, History, TrainingConfig, check_flips_only, fit
+from tilestream.training import ALONE, EpochRecord, Examples, Group, History, TrainingConfig, check_flips_only, fit
 
 from .base import Context, Stage, StageConfig, digest, write_json
 from .crops import read_crops
@@ -89,13 +89,7 @@ def run(config: TrainConfig, context: Context) -> None:
         for height, width in sorted(set(zip(samples["height"], samples["width"], strict=True))):
             streamed.plan((3, int(height), int(width)), weights=True)
 
-    def epoch_done(record: Any) -> None:
-        auc = "-" if record.validation_auc is None else f"{record.validation_auc:.3f}"
-        context.say(
-            f"{context.name}: epoch {record.epoch}/{config.epochs} loss {record.train_loss:.4f}, validation loss "
-            f"{record.validation_loss:.4f} AUC {auc}, {record.seconds:.1f} s"
-        )
-
+    epoch_done = tells_epochs(context, context.name, config.epochs)
     total = config.epochs * -(-len(train) // config.batch_size)
     with steps(context, context.name, total, "batches") as step:
         if config.ranks != 1:
@@ -120,6 +114,19 @@ def run(config: TrainConfig, context: Context) -> None:
             "splits_sha256": digest(path_of(context)),
         },
     )
+
+
+def tells_epochs(context: Context, title: str, epochs: int) -> Callable[[EpochRecord], None]:
+    """What says each epoch in a line."""
+
+    def tell(record: EpochRecord) -> None:
+        auc = "-" if record.validation_auc is None else f"{record.validation_auc:.3f}"
+        context.say(
+            f"{title}: epoch {record.epoch}/{epochs} loss {record.train_loss:.4f}, validation loss "
+            f"{record.validation_loss:.4f} AUC {auc}, {record.seconds:.1f} s"
+        )
+
+    return tell
 
 
 def fitted(
