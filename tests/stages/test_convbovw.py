@@ -12,7 +12,8 @@ import torch
 from tilestream.methods import Extremes, Normalised
 from tilestream.methods.metrics import auc
 from tilestream.nets import load_model
-from tilestream.stages import convbovw_dense
+from tilestream.stages import ClusterConfig, Context, convbovw_dense
+from tilestream.stages.models import own_device
 from tilestream.store import Store
 
 SPARSE = {"words": 6, "hidden": 16, "dropout": 0, "epochs": 12, "batch_size": 4, "learning_rate": 0.02}
@@ -151,3 +152,11 @@ def test_crops_lie_inside_and_are_normalised(run):
 def test_a_class_that_is_missing_is_told(run, go, write_pipeline):
     with pytest.raises(ValueError, match=r"train photographs have labels \[0\], both classes are needed; set path"):
         go(write_pipeline({"convbovw_sparse": {"pathological_from": 3}}), run)
+
+
+def test_a_declined_gpu_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices = {name: own_device(Context(tmp_path, cluster=ClusterConfig(device=name))) for name in ("auto", "cpu")}
+    assert devices == {"auto": "cuda", "cpu": "cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device(Context(tmp_path)) == "cpu"

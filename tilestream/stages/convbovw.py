@@ -26,7 +26,7 @@ from tilestream.training import History, TrainingConfig, fit, predict
 from .base import Context, Stage, StageConfig, digest, write_json
 from .descriptors import Bags, read_descriptors, table_path, zarr_path
 from .jobs import steps
-from .models import locate, read_model
+from .models import locate, own_device, read_model
 from .scores import graded, predictions_of, same_splits, write_predictions
 from .split import path_of
 from .train import history_path, tells_epochs
@@ -101,7 +101,7 @@ def run(config: ConvbovwSparseConfig, context: Context, checkpoint: str = "check
     train, validation = (part(table, bags, split) for split in ("train", "validation"))
     with told(context, context.name, config.epochs, len(train), config.batch_size) as calls:
         net, history = learn(parameters, sparse_training(config, context), train, validation,
-                             context.partial_path / checkpoint, context.device, **calls)  # fmt: skip
+                             context.partial_path / checkpoint, own_device(context), **calls)  # fmt: skip
     keep_history(context, context.name, history)
     conclude(context, net, parameters, table, _probability(config, net, bags), descriptors=bags.settings)
 

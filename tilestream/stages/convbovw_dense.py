@@ -37,7 +37,7 @@ from .convbovw import (
     told,
 )
 from .jobs import Load, run_jobs
-from .models import locate, read_once, steady
+from .models import locate, own_device, read_once, steady
 from .preprocess import average_of, average_path, ensure_extremes, read_average
 from .runner import Journal
 from .saliency_config import field_of_view
@@ -160,7 +160,7 @@ def _learnt(
     settings = config.training(epochs=config.crop_epochs, rotation_deg=config.rotation_deg, colour=config.colour)
     name, folder = f"{context.name}_crops", context.partial_path / "crops"
     with told(context, name, config.crop_epochs, len(crops[0]), config.batch_size) as calls:
-        net, history = learn(parameters, settings, crops[0], crops[1], folder, context.device, **calls)
+        net, history = learn(parameters, settings, crops[0], crops[1], folder, own_device(context), **calls)
     keep_history(context, name, history)
     if not config.epochs:
         return net

@@ -42,6 +42,11 @@ def read_once(path: str, sha256: str, net: str | None = None) -> Model:
     return load_model(path, architecture=net)
 
 
+def own_device(context: Context) -> str:
+    """Where this process runs networks by itself: on its GPU, if it has one and that is not declined, or on the CPU."""
+    return "cuda" if context.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def steady(device: str, threads: int | None) -> None:
     """On a worker, for each task anew: torch's threads (None leaves them), and the same bits on every run of a GPU."""
     if threads is not None and torch.get_num_threads() != threads:

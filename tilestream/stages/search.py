@@ -22,7 +22,7 @@ from . import convbovw
 from .base import Context, Stage, parse
 from .convbovw import ConvbovwSparseConfig, Described, described, learn, part, sparse_training
 from .jobs import Load, run_jobs
-from .models import steady
+from .models import own_device, steady
 from .runner import Journal
 from .split import write_table
 
@@ -109,7 +109,7 @@ def run(config: SearchConfig, context: Context) -> None:
     rows += tried({f"words {m}": {**chosen, "words": m} for m in config.word_counts}, test)
     write_table(trials_path(context), pd.DataFrame(rows, columns=COLUMNS))
     threads = torch.get_num_threads()
-    steady(context.device, context.cluster.threads)  # as on the workers: the same training, bit for bit
+    steady(own_device(context), context.cluster.threads)  # as on the workers: the same training, bit for bit
     try:
         convbovw.run(config.model_copy(update=chosen), context, best["id"])
     finally:

@@ -23,7 +23,7 @@ from .base import Context, Stage, StageConfig, digest, write_json
 from .crops import read_crops
 from .examples import Crops, Photographs, Squares
 from .jobs import steps
-from .models import locate
+from .models import locate, own_device
 from .preprocess import average_path, ensure_extremes, read_average
 from .split import chosen, path_of
 from .train_ranks import Crew, over_ranks
@@ -96,7 +96,7 @@ def run(config: TrainConfig, context: Context) -> None:
             crew = Crew(config.ranks, config.restarts, config.rank_timeout, config.trust_network)
             over_ranks(crew, context, partial(fitted, config), epoch_done, step)
         # after ranks have trained it finds their last checkpoint, and nothing left to do
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(own_device(context))
         net, history = fitted(config, context, device, on_epoch=epoch_done, on_batch=lambda done, of: step())
     context.say(f"{context.name}: best epoch {history.best_epoch} by {history.best_by}")
     write_json(history_path(context, context.name), json.loads(history.model_dump_json()))
