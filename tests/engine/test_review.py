@@ -964,3 +964,36 @@ def test_weights_that_are_computed_from_others(equal, change):
     for conv in (net.conv, net.step[2]):
         change(conv)
     equal(net)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda y: y + F.relu(y).detach(),
+        lambda y: F.relu(y.detach()) * y,
+        lambda y: F.relu(y - torch.detach(y).mean((2, 3), keepdim=True)),
+        lambda y: (y.permute(0, 2, 3, 1).detach() + y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+    ],
+)
+def test_nothing_comes_back_through_what_was_detached(equal, step):
+    equal(Net(step))
+
+
+def test_a_backbone_that_is_detached(image):
+    class Frozen(Net):
+        def forward(self, x):
+            return self.fc(self.step(self.conv(x).detach()).mean((2, 3)))
+
+    net = Frozen(nn.Conv2d(4, 4, 3, stride=2)).double().eval()
+    net(image[None])[0, 1].backward()
+    wanted = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad()
+    streamed = stream(net, tile=16)
+    streamed.backward(image, lambda logits: logits[0, 1])
+    for name, parameter in net.named_parameters():
+        if name.startswith("conv."):
+            assert wanted[name] is None
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-11, atol=1e-13)
+    assert not streamed.saliency(image).numpy().any()

@@ -741,6 +741,7 @@ FUNCTIONS: dict[Any, Callable[..., None]] = {
     F.sigmoid: _named(torch.sigmoid),
     F.tanh: _named(torch.tanh),
     operator.neg: _named(operator.neg),
+    **dict.fromkeys((torch.detach, "detach"), _named(torch.detach)),  # nothing comes back through it
     torch.maximum: _named(torch.maximum),
     torch.minimum: _named(torch.minimum),
     **dict.fromkeys((torch.add, operator.add, "add"), _arithmetic(operator.add)),
@@ -785,5 +786,5 @@ ARITHMETIC: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.div, operator.truediv, "div"), operator.truediv),
 }
 POINTWISE = {getattr(F, name) for name in _ACTIVATIONS} | {F.relu, torch.relu, "relu"}
-POINTWISE |= {getattr(torch, name) for name in _MATHS} | set(_MATHS)
+POINTWISE |= {getattr(torch, name) for name in _MATHS} | {*_MATHS, torch.detach, "detach"}
 """Functions that act on every value alone, whatever the arrangement."""
