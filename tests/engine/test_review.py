@@ -997,3 +997,32 @@ def test_a_backbone_that_is_detached(image):
         else:
             torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-11, atol=1e-13)
     assert not streamed.saliency(image).numpy().any()
+
+
+class Functional(nn.Module):
+    """Convolutions by the function, of a parameter and of a buffer, as blurs are written."""
+
+    def __init__(self, weight=lambda w: w):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(4))
+        self.register_buffer("blur", torch.rand(4, 1, 3, 2))
+        self.fc, self.change = nn.Linear(4, 2), weight
+
+    def forward(self, x):
+        y = F.relu(F.conv2d(x, self.change(self.weight), self.bias, padding="same"))
+        return self.fc(F.conv2d(y, self.blur, stride=(2, 1), padding=(1, 0), groups=4).mean((2, 3)))
+
+
+def test_convolution_by_the_function(equal, image):
+    net = Functional()
+    equal(net)
+    streamed = stream(net, tile=16)
+    streamed(image[None])
+    with torch.no_grad():
+        net.blur.mul_(2)
+        net.weight.add_(1)
+        torch.testing.assert_close(streamed(image[None]), net(image[None]), rtol=1e-11, atol=1e-13)
+
+
+def test_a_weight_that_forward_computes_is_refused():
+    refused(Functional(lambda w: w - w.mean()), "weights that the forward code computes cannot be streamed")

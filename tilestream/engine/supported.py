@@ -320,6 +320,20 @@ def _convolution(ctx: Context, conv: nn.Conv2d, x: Any) -> None:
     ctx.map(op.Convolution(plain), (name,))
 
 
+def _convolve(
+    ctx: Context, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: Any = 1,
+) -> None:  # fmt: skip
+    """As a module that holds these weights, parameters or buffers."""
+    held, offset = ctx.constant(weight), ctx.constant(bias)
+    if not isinstance(groups, int):
+        raise ValueError("groups must be a number that is written in the code")
+    inputs, outputs = held.shape[1] * groups, held.shape[0]
+    conv = nn.Conv2d(inputs, outputs, tuple(held.shape[2:]), stride, padding, dilation, groups, device="meta")
+    conv._parameters.update(weight=held, bias=offset)
+    _convolution(ctx, conv, x)
+
+
 def _transposed(ctx: Context, conv: nn.ConvTranspose2d, x: Any, output_size: Any = None) -> None:
     if output_size is not None:
         raise ValueError("output_size cannot be streamed; use output_padding")
@@ -764,6 +778,7 @@ FUNCTIONS: dict[Any, Callable[..., None]] = {
     F.pad: _pad,
     F.interpolate: _interpolate,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
+    **dict.fromkeys((F.conv2d, torch.conv2d), _convolve),
     F.avg_pool2d: _average_pool,
     F.adaptive_avg_pool2d: _adaptive("mean"),
     F.adaptive_max_pool2d: _adaptive("max"),
