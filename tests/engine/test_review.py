@@ -1026,3 +1026,22 @@ def test_convolution_by_the_function(equal, image):
 
 def test_a_weight_that_forward_computes_is_refused():
     refused(Functional(lambda w: w - w.mean()), "weights that the forward code computes cannot be streamed")
+
+
+def test_segments_whose_inputs_end_at_different_places(whole, check_gradients):
+    """A tile over the image's last rows, of which the other input, two rows shorter, has none."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.fc = nn.Conv2d(3, 2, 3), nn.Conv2d(3, 2, 3), nn.Linear(2, 2)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.fc((self.second(x) - y).mean((2, 3)) + y.amax((2, 3)))
+
+    torch.manual_seed(0)
+    net = Two().double().eval()
+    for size in ((18, 4), (17, 5), (19, 4), (21, 6), (20, 7), (23, 5)):
+        image = torch.randn(3, *size, dtype=torch.float64)
+        check_gradients(net, image, stream(net, tile=8), *whole(net, image, 1))

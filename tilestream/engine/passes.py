@@ -338,7 +338,8 @@ class Pass:
                 for parts in segment.tiles(segment.inputs, sizes[1]):
                     self._gather_tile(segment, parts, grads, dense, vectors, write, options)
             else:
-                tiles = segment.tiles(segment.owned, sizes[1])
+                ties = any(self.network.reductions[name].kind == "amax" for name in segment.reduced)
+                tiles = segment.tiles(segment.owned, sizes[0 if ties else 1])  # tied bits are equal in equal tiles
                 if winners(self.network) is not None:  # one tile at least, for gradients of zero are wanted too
                     tiles = [owned for owned in tiles if self._reached(segment, owned, grads)] or tiles[:1]
                 for owned in tiles:

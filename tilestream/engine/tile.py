@@ -178,7 +178,7 @@ def backward(
             isinstance(node.operation, ReLU) and (node.name in owned or rule != "deconv")
         )
         for name, part in zip(node.inputs, parts, strict=True):
-            if part is None or (name == network.image and not want_image):
+            if part is None or name not in regions or (name == network.image and not want_image):
                 continue
             share = fitted(*part, regions[name])
             if name in values:
