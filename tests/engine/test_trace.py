@@ -101,6 +101,8 @@ def test_hooks_are_refused():
 def test_dtypes_that_cannot_be_streamed_are_refused():
     with pytest.raises(ValueError, match=r"parameters are torch\.bfloat16; call net\.float\(\)"):
         trace(resnet18().eval().bfloat16())
+    with pytest.raises(ValueError, match=r"parameters are torch\.float16; call net\.float\(\)"):
+        trace(resnet18().eval().half())
     net = resnet18().eval()
     net.fc.double()
     with pytest.raises(ValueError, match=r"parameters are torch\.float32, torch\.float64"):

@@ -26,7 +26,7 @@ SHAPES_PX = tuple((n, n + d) for n in (64, 128, 192, 256, 512, 1024) for d in (7
 """The first that the network takes: some want sides that 2, or 64, divides."""
 ASLEEP = 1e-3
 """A weight whose entries are all smaller hides what it multiplies."""
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.float16: 0.1}
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 """Of the results' maximum; of gradients' norms ten times as much, for rounding flips rectifiers."""
 
 
@@ -88,7 +88,7 @@ def _is_finite(net: nn.Module, images: Tensor) -> bool:
 
 
 def _compare(net: nn.Module, network: Network, images: Tensor) -> None:
-    name, tolerance = f"{type(net).__name__}.forward", TOLERANCE.get(network.dtype, 0.1)
+    name, tolerance = f"{type(net).__name__}.forward", TOLERANCE[network.dtype]
     parameters = [p for p in net.parameters() if p.requires_grad]
     plain, weight, wanted = _plain(net, images, parameters)
     x = images.clone().requires_grad_()

@@ -256,7 +256,7 @@ def trace(net: nn.Module, precision: Precision | None = None, recorded: Recorded
     if precision not in (None, "bf16"):
         raise ValueError(f"precision={precision!r} is not known; use 'bf16', or None for that of the parameters")
     dtypes = {p.dtype for p in net.parameters()}
-    if len(dtypes) > 1 or torch.bfloat16 in dtypes:
+    if len(dtypes) > 1 or dtypes & {torch.bfloat16, torch.float16}:
         names = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"the network's parameters are {names}; call net.float() or net.double() first")
     network = _Builder(net, recorded or record(net)).build()
