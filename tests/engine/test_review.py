@@ -1045,3 +1045,15 @@ def test_segments_whose_inputs_end_at_different_places(whole, check_gradients):
     for size in ((18, 4), (17, 5), (19, 4), (21, 6), (20, 7), (23, 5)):
         image = torch.randn(3, *size, dtype=torch.float64)
         check_gradients(net, image, stream(net, tile=8), *whole(net, image, 1))
+
+
+def test_of_tied_maxima_the_first_wins_though_its_tile_comes_later(whole, check_gradients):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(4, 2)).double().eval()
+    image = torch.zeros(3, 32, 32, dtype=torch.float64)
+    nn.init.ones_(net[0].weight)
+    image[:, 5, 3] = image[:, 2, 20] = image[:, 9, 1] = 1  # in tiles of 16 px the second is the first of all
+    logits, gradient = whole(net, image, 1)
+    assert gradient[:, 2, 20].all()
+    assert not gradient[:, 5, 3].any()
+    check_gradients(net, image, stream(net, tile=16), logits, gradient)
