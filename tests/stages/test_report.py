@@ -268,7 +268,7 @@ def test_measures_of_other_predictions_are_left_out(place):
         place.run / "predictions.parquet"
     )
     assert [section.heading for section in results(place, CLASSES)] == HEADINGS[:3]
-    assert next(results(place, ("normal", "ill"))).intro.startswith("Grades, normal: 0; ill: 1")
+    assert next(results(place, ("normal", "ill"))).intro.startswith("Grades, normal: 0, 1; ill: 2, 3, 4.")
     table = pd.read_parquet(place.run / "predictions.parquet")
     table.assign(probability=table["probability"] * 0.9).to_parquet(place.run / "predictions.parquet")
     assert list(results(place, CLASSES)) == []
