@@ -12,7 +12,7 @@ import torch
 from tilestream.methods import Extremes, Normalised
 from tilestream.methods.metrics import auc
 from tilestream.nets import load_model
-from tilestream.stages import ClusterConfig, Context, convbovw_dense
+from tilestream.stages import ClusterConfig, Context, convbovw_dense, load, run_pipeline
 from tilestream.stages.models import own_device
 from tilestream.store import Store
 
@@ -160,3 +160,21 @@ def test_a_declined_gpu_is_left_alone(tmp_path, monkeypatch):
     assert devices == {"auto": "cuda", "cpu": "cpu"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert own_device(Context(tmp_path)) == "cpu"
+
+
+def test_photographs_that_are_all_but_certain_are_no_equals(run, monkeypatch):
+    kept = {"average": np.load(run / "average.npy"), "side_px": None}
+    found = []
+    for gap in (20.0, 25.0):
+        monkeypatch.setattr(convbovw_dense, "_streamed", lambda *_, gap=gap: (lambda _: torch.tensor([[0, gap]]), kept))
+        place = str(run / "photographs.zarr"), "00"
+        found.append(convbovw_dense.one(*place, Extremes(0, 1), "", "", 2**30, "cpu", torch.get_num_threads()))
+    assert found[0] < found[1] < 1
+
+
+def test_a_small_budget_is_said_before_any_training(run, write_pipeline):
+    stages = load(write_pipeline({"convbovw_dense": DENSE}))
+    cluster = ClusterConfig(memory="1MB")
+    with Context(run, run / "photographs.zarr", cluster) as context, pytest.raises(ValueError, match="too small"):
+        run_pipeline(stages, context)
+    assert not list((run / "journal").glob("convbovw_dense.partial-*/crops"))

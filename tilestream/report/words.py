@@ -9,7 +9,7 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from .charts import INK, RULE, Curve, _canvas, _png, _some, _style
+from .charts import _BELOW, INK, RULE, Curve, _canvas, _png, _some, _style
 from .pictures import Pixels, photograph
 
 CLASS_RGB = ((86, 180, 233), (255, 230, 60))
@@ -106,5 +106,5 @@ def auc_by_words(curves: Mapping[str, Curve], others: Mapping[str, tuple[int, fl
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set(xlabel="visual words, M", ylabel="AUC")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(ncols=2, labelcolor=INK, **_BELOW)
     return _png(figure)

@@ -154,9 +154,10 @@ def _learnt(
         labels = found["label"].to_numpy(np.int64)
         wholes.append(Photographs(context.store, list(found["id"]), labels, average, known, config.side_px))
     crops = [Crops(whole, config.crops, config.crop_px, config.seed) for whole in wholes]
-    shapes = {whole[i].shape for whole in wholes for i in range(len(whole))}
-    for shape in sorted(shapes) if config.epochs else ():  # a small budget is said before any work
-        _stream(build(ARCHITECTURE, parameters).eval(), context).plan(shape, weights=True)
+    if config.epochs:  # a small budget is said before any work
+        untrained = _stream(build(ARCHITECTURE, parameters).eval(), context)
+        for shape in sorted({whole[i].shape for whole in wholes for i in range(len(whole))}):
+            untrained.plan(shape, weights=True)
     settings = config.training(epochs=config.crop_epochs, rotation_deg=config.rotation_deg, colour=config.colour)
     name, folder = f"{context.name}_crops", context.partial_path / "crops"
     with told(context, name, config.crop_epochs, len(crops[0]), config.batch_size) as calls:
