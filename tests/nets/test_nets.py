@@ -42,6 +42,31 @@ def test_residual_net_refuses_to_shrink_channels():
         ResidualNet(widths=(32, 16))
 
 
+@pytest.mark.parametrize("size_px", [3, 7])
+def test_local_average_is_of_the_pixels_inside_the_image(size_px):
+    x, margin = torch.rand(1, 2, 9, 13, dtype=torch.float64), size_px // 2
+    found = ResidualNet(widths=(4,), local_average_px=size_px).detail(x)
+    for i in range(9):
+        for j in range(13):
+            square = x[..., max(i - margin, 0) : i + margin + 1, max(j - margin, 0) : j + margin + 1]
+            torch.testing.assert_close(found[..., i, j], x[..., i, j] - square.mean((2, 3)), rtol=0, atol=1e-14)
+
+
+def test_colour_and_its_slow_change_are_nothing_to_a_network_with_local_average():
+    net = ResidualNet(widths=(4, 4), local_average_px=5).double().eval()
+    x = torch.rand(1, 3, 40, 40, dtype=torch.float64)
+    shade = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)[None, :, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(net(x + shade), net(x), rtol=0, atol=1e-12)
+    assert not torch.allclose(ResidualNet(widths=(4, 4)).double().eval()(x + shade), net(x))
+
+
+@pytest.mark.parametrize("size_px", [4, 1, -3])
+def test_local_average_refuses_a_side_without_a_middle(size_px):
+    with pytest.raises(ValueError, match=f"size_px={size_px} of a local average must be odd and at least 3"):
+        ResidualNet(local_average_px=size_px)
+
+
 @pytest.mark.parametrize(
     ("make", "count", "parameters", "last"),
     [
