@@ -22,6 +22,12 @@ def paper_net() -> nn.Module:
 
 
 @pytest.fixture
+def local_average_net() -> nn.Module:
+    """The same, seeing each pixel less the mean of 21 x 21 about it."""
+    return _random_norms(ResidualNet(3, widths=(4, 6, 8, 8, 10), local_average_px=21)).double()
+
+
+@pytest.fixture
 def small_resnet18() -> nn.Module:
     """ResNet-18 as it is, but for the width of its maps, which cost time and prove nothing; in float64."""
     net = resnet18(3)

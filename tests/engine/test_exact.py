@@ -17,6 +17,7 @@ CASES = [
     ("paper_net", (301, 453), 192),
     ("paper_net", (257, 130), 128),
     ("paper_net", (64, 65), 64),
+    ("local_average_net", (157, 203), 64),
     ("small_resnet18", (173, 227), 32),
     ("small_resnet18", (173, 227), 96),
     ("small_resnet18", (97, 211), 64),

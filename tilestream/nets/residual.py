@@ -58,7 +58,8 @@ class LocalAverageSubtraction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        return x - self.rows(self.columns(x))
+        average: Tensor = self.rows(self.columns(x))
+        return x - average
 
 
 class ResidualNet(nn.Module):
