@@ -134,6 +134,29 @@ def test_best_epoch_is_kept(blobs, small_net, tmp_path):
     assert roc_auc_score(validation.labels, predict(net, validation)[:, 1]) == max(aucs)
 
 
+def test_the_last_epoch_is_kept_if_asked(blobs, small_net, tmp_path):
+    train, validation, net, after = blobs(64, 1), blobs(40, 2), small_net(), []
+
+    def on_epoch(record):
+        after.append({name: value.clone() for name, value in net.state_dict().items()})
+        if record.epoch == 3:
+            train.labels[:] = 1 - train.labels
+
+    config = settings(epochs=9, schedule="constant", keep="last")
+    history = fit(net, train, validation, config, tmp_path, on_epoch=on_epoch)
+    assert history.best_epoch < 9
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in after[-1].items())
+    again = small_net()
+    train.labels[:] = 1 - train.labels  # as at the start, which the checkpoint remembers
+    fit(again, train, validation, config, tmp_path)
+    assert same_weights(again, net)
+
+
+def test_keeping_the_last_epoch_does_not_go_with_stopping_by_auc():
+    with pytest.raises(ValueError, match="keep=last does not go with patience=3"):
+        settings(keep="last", patience=3)
+
+
 def test_early_stopping(blobs, small_net, tmp_path):
     noise = blobs(40, 1)
     noise.labels = np.random.default_rng(0).integers(0, 2, 40)

@@ -98,7 +98,8 @@ def run(config: TrainConfig, context: Context) -> None:
         # after ranks have trained it finds their last checkpoint, and nothing left to do
         device = torch.device(own_device(context))
         net, history = fitted(config, context, device, on_epoch=epoch_done, on_batch=lambda done, of: step())
-    context.say(f"{context.name}: best epoch {history.best_epoch} by {history.best_by}")
+    kept = "; the last is kept" if config.keep == "last" else ""
+    context.say(f"{context.name}: best epoch {history.best_epoch} by {history.best_by}{kept}")
     write_json(history_path(context, context.name), json.loads(history.model_dump_json()))
     model.parent.mkdir(parents=True, exist_ok=True)
     save_model(

@@ -25,6 +25,11 @@ class TrainingConfig(BaseModel):
     rotation_deg: float = Field(0.0, ge=0, le=180, description="rotate by a random angle of at most this, in degrees")
     colour: float = Field(0.0, ge=0, lt=1, description="strength of random brightness, contrast and saturation, 0..1")
     patience: int = Field(0, ge=0, description="stop after so many epochs without a better validation AUC; 0 = never")
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description="the epoch whose weights are kept: that of the best validation AUC; or the last, where labels are "
+        "too noisy for the AUC to choose by (crops of which few hold a lesion)",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seeds order, augmentation and dropout (not the initial weights)")
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="bf16 autocasts; auto = bf16 on a GPU that has it, otherwise float32"
@@ -33,7 +38,9 @@ class TrainingConfig(BaseModel):
     cache_bytes: int = Field(0, ge=0, description="memory for decoded examples, in bytes; no effect on results")
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> Self:
+    def _fits_together(self) -> Self:
+        if self.keep == "last" and self.patience:
+            raise ValueError(f"keep=last does not go with patience={self.patience}, which trusts the AUC; give 0")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}")
         return self

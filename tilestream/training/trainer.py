@@ -65,7 +65,8 @@ def fit(
     group: Group = ALONE,
     streamed: Streamed | None = None,
 ) -> History:
-    """Train `net` where its parameters are; it ends in eval mode with the weights of its best epoch (see `History`).
+    """Train `net` where its parameters are; it ends in eval mode with the weights of its best epoch (see `History`)
+    or, by `config.keep`, its last.
 
     The loss is cross-entropy, weighted by n / (classes * n_class) for `balance="weights"`. Batches are of nearly equal
     size (see `Loader`): none of a single example reaches batch normalisation. Parameters with requires_grad=False stay
@@ -128,7 +129,7 @@ def fit(
             record = _epoch(run, train, validation, len(history.records) + 1, on_batch)
             history = history.add(record, config.patience)
             now = checkpoint.weights(net)
-            best = now if history.best_epoch == record.epoch else best
+            best = now if config.keep == "last" or history.best_epoch == record.epoch else best
             content = {"fingerprint": identity, "epochs": config.epochs, "history": history.model_dump_json()}
             content |= {"net": now, "best": best, "optimizer": run.optimizer.state_dict()}
             if group.rank == 0:
