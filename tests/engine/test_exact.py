@@ -176,6 +176,24 @@ def test_average_pooling_addition_and_channel_padding(whole):
     np.testing.assert_allclose(result.numpy(), gradient.numpy(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(5, 1, 2), nn.AvgPool2d((1, 4), 1, (0, 2), count_include_pad=False),
+        nn.AvgPool2d(3, 1, divisor_override=2), nn.AvgPool2d((7, 2), (1, 2), (3, 1), ceil_mode=True),
+    ],
+)  # fmt: skip
+def test_average_pooling_at_stride_one(pool, dtype, whole):
+    net = nn.Sequential(pool, nn.Conv2d(3, 4, 3, 2), pool, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    net, image = net.to(dtype).eval(), torch.randn(3, 51, 38, dtype=dtype)
+    logits, gradient = whole(net, image, 1)
+    result = stream(net, tile=8).saliency(image, reduce=None)
+    error = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(result.logits, logits, rtol=0, atol=error)
+    np.testing.assert_allclose(result.numpy(), gradient.numpy(), rtol=0, atol=error * gradient.abs().max().item())
+
+
 def test_sources_of_every_kind_give_the_same(tmp_path, small_resnet18):
     import zarr
 

@@ -468,7 +468,11 @@ class AveragePool(Windowed):
 
     def run(self, xs: Sequence[Tensor], vectors: Sequence[Tensor], region: Region, extent: Extent) -> Tensor:
         x = fitted(xs[0], self.need(region, extent), self.span(region))
-        total = F.avg_pool2d(x, self.kernel, self.stride, divisor_override=1)
+        if x.device.type == "cpu" and x.dtype != torch.float64 and self.stride == (1, 1):
+            ones = x.new_ones(x.shape[1], 1, *self.kernel)  # oneDNN sums a window five times as fast as avg_pool2d
+            total = F.conv2d(x.contiguous(memory_format=torch.channels_last), ones, groups=x.shape[1])
+        else:
+            total = F.avg_pool2d(x, self.kernel, self.stride, divisor_override=1)
         if self.divisor is not None:
             return total / self.divisor
         counts = [
