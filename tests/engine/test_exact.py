@@ -1,5 +1,7 @@
 """Tiled equals un-tiled: DESIGN's tests (a), (b) and the negative control (d)."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -192,6 +194,18 @@ def test_average_pooling_at_stride_one(pool, dtype, whole):
     error = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(result.logits, logits, rtol=0, atol=error)
     np.testing.assert_allclose(result.numpy(), gradient.numpy(), rtol=0, atol=error * gradient.abs().max().item())
+
+
+def test_wide_average_pooling_in_bf16_returns():
+    """oneDNN's depthwise convolution does not, and a hang in C can be ended from outside alone."""
+    code = """if True:
+        import torch
+        from torch import nn
+        from tilestream.engine import stream
+        net = nn.Sequential(nn.AvgPool2d((1, 21), 1), nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+        stream(net, memory="100 MiB", precision="bf16").saliency(torch.randn(3, 64, 160))
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_sources_of_every_kind_give_the_same(tmp_path, small_resnet18):

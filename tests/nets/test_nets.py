@@ -63,8 +63,14 @@ def test_colour_and_its_slow_change_are_nothing_to_a_network_with_local_average(
 
 @pytest.mark.parametrize("size_px", [4, 1, -3])
 def test_local_average_refuses_a_side_without_a_middle(size_px):
-    with pytest.raises(ValueError, match=f"size_px={size_px} of a local average must be odd and at least 3"):
+    with pytest.raises(ValueError, match=f"size_px={size_px} of the local average must be odd, at least 3"):
         ResidualNet(local_average_px=size_px)
+
+
+@pytest.mark.parametrize("size_px", [21.0, "21", None, False, [3]])
+def test_local_average_is_a_whole_number(size_px):
+    with pytest.raises(ValueError, match=r"local_average_px=.* must be an odd whole number, or 0"):
+        build("ResidualNet", {"local_average_px": size_px})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from functools import cache
 from tilestream.geometry import Extent, Region
 
 from .allocator import HEAP_BYTES
-from .operations import Convolution, MaxPool, ReLU, Windowed
+from .operations import AveragePool, Convolution, MaxPool, ReLU, Windowed
 from .segment import Segment, winners
 from .tile import keeps
 from .trace import Network, Node
@@ -193,6 +193,8 @@ class Costs:
                 extra += 14 * node.channels * areas[node.name]
             elif isinstance(node.operation, Convolution):
                 extra += sum(inputs.values()) if kept else 0  # its input, padded
+            elif isinstance(node.operation, AveragePool):
+                extra += own + sum(inputs.values())  # as autograd computes it: forward again, and padded
             held = kept + tape + sum(pending.values())
             peak = max(peak, held + own + sum(inputs.values()) + again + extra)
             fresh.update(pending.keys() & inputs.keys())

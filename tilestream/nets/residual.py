@@ -50,8 +50,8 @@ class LocalAverageSubtraction(nn.Module):
 
     def __init__(self, size_px: int) -> None:
         super().__init__()
-        if size_px < 3 or size_px % 2 == 0:
-            raise ValueError(f"size_px={size_px} of a local average must be odd and at least 3")
+        if size_px % 2 == 0 or not 3 <= size_px < 1000:
+            raise ValueError(f"size_px={size_px} of the local average must be odd, at least 3 and below 1000")
         margin = size_px // 2
         self.columns = nn.AvgPool2d((size_px, 1), 1, (margin, 0), count_include_pad=False)
         self.rows = nn.AvgPool2d((1, size_px), 1, (0, margin), count_include_pad=False)
@@ -79,6 +79,8 @@ class ResidualNet(nn.Module):
         local_average_px: int = 0,
     ) -> None:
         super().__init__()
+        if type(local_average_px) is not int:
+            raise ValueError(f"local_average_px={local_average_px!r} must be an odd whole number, or 0 for none")
         if not widths or blocks < 1:
             raise ValueError(f"widths={widths} must not be empty and blocks={blocks} must be at least 1")
         self.detail = LocalAverageSubtraction(local_average_px) if local_average_px else None

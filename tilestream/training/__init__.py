@@ -1,8 +1,8 @@
 """The trainer: split photographs by patient, load and augment them, fit a network, resume, predict.
 
 `split` assigns whole patients to training, validation and test; `fit` trains any `torch.nn.Module` with logits
-(N, classes) on `Examples` and keeps its best epoch, alone or as one of a `Group` of processes, on images of one shape
-or, streamed, of any; `predict` returns probabilities.
+(N, classes) on `Examples` and keeps its best epoch or its last, alone or as one of a `Group` of processes, on images of
+one shape or, streamed, of any; `predict` returns probabilities.
 """
 
 from tilestream.training.augment import Windows, augment, check_flips_only

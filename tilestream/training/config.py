@@ -40,7 +40,9 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.keep == "last" and self.patience:
-            raise ValueError(f"keep=last does not go with patience={self.patience}, which trusts the AUC; give 0")
+            raise ValueError(
+                f"keep=last and patience={self.patience}, which trusts the AUC, exclude each other; give patience=0"
+            )
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}")
         return self
