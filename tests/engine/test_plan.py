@@ -116,6 +116,13 @@ def test_streams_refuse_two_ways_to_fix_the_tiles():
         stream(resnet18().eval(), memory="1 GiB", tile=512)
 
 
+@pytest.mark.parametrize(("classes", "sweeps"), [(1, 3), (2, 3), (3, 4)])
+def test_plans_count_the_last_segment_once_where_one_sweep_goes_there_and_back(classes, sweeps):
+    whole = stream(resnet18(num_classes=classes).eval(), memory="4 GiB").plan((3, 256, 256), weights=True)
+    assert len(whole.segments) == 1
+    assert whole.overhead == pytest.approx(sweeps / 3)
+
+
 MEASURE = """
 import sys, threading, time
 import numpy as np, psutil, torch

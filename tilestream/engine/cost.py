@@ -74,7 +74,7 @@ class Costs:
         self.want_weights, self.taped, self.mean = want_weights, taped, mean
         self.itemsize, self.on_cpu = self.network.map_dtype.itemsize, self.network.device.type == "cpu"
         self.channels = self.network.channels_of()
-        self.lengths = cache(self._lengths)
+        self.lengths, self.price = cache(self._lengths), cache(self._price)
 
     def _lengths(self, axis: int, size: int, gather: bool) -> Lengths:
         """Some tiles stand for all: those at both ends and one in between, which repeats."""
@@ -103,7 +103,7 @@ class Costs:
     def _box(axis: int, lo: int, hi: int) -> Region:
         return Region(lo, hi, 0, 1) if axis == 0 else Region(0, 1, lo, hi)
 
-    def price(self, size: Extent, way: str) -> Cost:
+    def _price(self, size: Extent, way: str) -> Cost:
         gather = way == "gather"
         y, x = self.lengths(0, size[0], gather), self.lengths(1, size[1], gather)
         areas = {n: v * x.longest[n] for n, v in y.longest.items() if n in x.longest}

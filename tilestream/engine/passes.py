@@ -436,7 +436,10 @@ class Pass:
 
         values = self._inputs(segment, regions)
         with torch.no_grad():
-            made = forward(network, segment.nodes, regions, values, self.steps, owned, save, options["want_weights"])
+            made = forward(
+                network, segment.nodes, regions, values, self.steps, owned, save, options["want_weights"],
+                self.limit_bytes,
+            )  # fmt: skip
             parts = {name: made[name][(..., *owned[name].within(regions[name]))] for name in owned}
             shares = self.shares(segment, owned, parts)
             upstream = self.upstream(segment, owned, regions, grads, made, dense)

@@ -61,15 +61,20 @@ class Choice:
 
 
 class Planner:
-    """Plans one bound network. `result_bytes` is what the caller of the pass gets in memory."""
+    """Plans one bound network. `result_bytes` is what the caller of the pass gets in memory.
+
+    `one_sweep`: scatter goes there and back over the last segment at once.
+    """
 
     def __init__(
         self, network: Network, *, mode: str, want_weights: bool = False, backward: bool = True, mean: bool = False,
-        result_bytes: int = 0,
+        result_bytes: int = 0, one_sweep: bool = False,
     ) -> None:  # fmt: skip
         self.network, self.mode, self.want_weights, self.backward = network, mode, want_weights, backward
         self.mean, self.result_bytes = mean, result_bytes
+        self.one_sweep = one_sweep and backward and mode == "scatter"
         self.image = network.extents[network.image]
+        self._known: dict[tuple[int, int], Costs] = {}
 
     def plan(self, memory: int | None, tile: int | None) -> Plan:
         """Within `memory` bytes; or one segment (or one a level) of tiles of `tile` px. ValueError if none will do."""
@@ -117,10 +122,15 @@ class Planner:
         return self._put(segment, size, back, parts)
 
     def _costs(self, segment: Segment) -> Costs:
-        return Costs(segment, want_weights=self.want_weights, taped=self.mode == "gather", mean=self.mean)
+        key = segment.start, segment.stop
+        if key not in self._known:
+            taped = self.mode == "gather"
+            self._known[key] = Costs(segment, want_weights=self.want_weights, taped=taped, mean=self.mean)
+        return self._known[key]
 
     def _put(self, segment: Segment, size: Extent, back: Extent, parts: list[Cost]) -> Choice:
-        seconds, flops = sum(p.seconds for p in parts), sum(p.flops for p in parts)
+        again = parts[-1:] if self.one_sweep and segment.stop == len(self.network.nodes) else parts
+        seconds, flops = sum(p.seconds for p in again), sum(p.flops for p in again)
         plan = SegmentPlan(segment.start, segment.stop, size, back, max(p.tile_bytes for p in parts))
         return Choice(plan, seconds, flops, sum(p.kernel_bytes for p in parts))
 

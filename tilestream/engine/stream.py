@@ -175,7 +175,7 @@ class Streamed(nn.Module):
             result = network.channels_of()[network.output] * math.prod(network.extents[network.output]) * itemsize
         planner = Planner(
             network, mode=mode, want_weights=weights, backward=backward, mean=reduce == "mean" and not weights,
-            result_bytes=result,
+            result_bytes=result, one_sweep=bool(_known_logits(network)) if weights else network.linear,
         )  # fmt: skip
         return planner.plan(None if self.tile is not None else self.memory, self.tile)
 
@@ -325,7 +325,7 @@ class Streamed(nn.Module):
         """
         weights = sum(p.numel() * p.element_size() for p in self.net.parameters() if p.requires_grad)
         alone = len(works) == 1 or len(works) * weights <= self.memory // 4
-        if not network.linear or network.dense or not alone or (classes := works[0].classes()) > 2:
+        if not alone or not (classes := _known_logits(network)):
             return None
         return torch.tensor([[1.0]] if classes == 1 else [[-1.0, 1.0]], dtype=network.dtype, device=network.device)
 
@@ -420,6 +420,14 @@ def _leaves(loss: Tensor) -> list[Tensor]:
             found[id(function.variable)] = function.variable
         stack += [following for following, _ in function.next_functions]
     return list(found.values())
+
+
+def _known_logits(network: Network) -> int:
+    """How many logits there are if their gradient is known but for a factor before anything runs, 1 or 2; else 0."""
+    if not network.linear or network.dense:
+        return 0
+    classes = Pass(network, [], np.empty((0, 0, 0)), Scratch(0)).classes()
+    return classes if classes <= 2 else 0
 
 
 def _as_guessed(down: Tensor, network: Network) -> bool:
