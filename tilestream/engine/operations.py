@@ -99,6 +99,13 @@ class Operation:
         """The values of `region`, from maps that cover `need(region)` of extent `extent`."""
         raise NotImplementedError(type(self).__name__)
 
+    def overwrites(self, xs: Sequence[Tensor]) -> bool:
+        """Whether `overwrite` may put the result of `run` in the place of the first map."""
+        return False
+
+    def overwrite(self, xs: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError(type(self).__name__)
+
     def backward(
         self, grad: Tensor, region: Region, saved: Any, vectors: Sequence[Tensor], call: Backward
     ) -> tuple[list[Covered | None], list[Tensor | None], list[Tensor | None]]:
@@ -187,6 +194,12 @@ class Add(Pointwise):
         super().__init__(lambda x, y: x + y if sign > 0 else x - y, linear=True)
         self.sign = sign
 
+    def overwrites(self, xs: Sequence[Tensor]) -> bool:
+        return xs[0].shape == xs[1].shape and xs[0].is_contiguous(memory_format=torch.channels_last)
+
+    def overwrite(self, xs: Sequence[Tensor]) -> Tensor:
+        return xs[0].add_(xs[1], alpha=self.sign)
+
     def backward(self, grad: Tensor, region: Region, saved: Any, vectors: Any, call: Backward) -> Any:
         # a map of one channel may be repeated over all those of the other
         parts = [grad, grad if self.sign > 0 else -grad]
@@ -200,6 +213,12 @@ class ReLU(Pointwise):
     def __init__(self) -> None:
         super().__init__(torch.relu)
         self.saves = "sign"
+
+    def overwrites(self, xs: Sequence[Tensor]) -> bool:
+        return True
+
+    def overwrite(self, xs: Sequence[Tensor]) -> Tensor:
+        return xs[0].relu_()
 
     def backward(self, grad: Tensor, region: Region, saved: Any, vectors: Any, call: Backward) -> Any:
         if call.rule != "gradient":

@@ -80,8 +80,9 @@ class Scratch:
         size = int(np.prod(shape)) * kind.itemsize
         if size <= self.left:
             self.left -= size
-            held = torch.zeros(shape, dtype=holder(dtype), device=device)
-            return Stored(held.numpy() if held.is_cpu else held, dtype, device, lambda: self._give_back(size))
+            on_device: dict[str, Any] = {"dtype": holder(dtype), "device": device}
+            held: Any = np.zeros(shape, kind) if device.type == "cpu" else torch.zeros(shape, **on_device)
+            return Stored(held, dtype, device, lambda: self._give_back(size))
         return Stored(self.allocate(shape, kind), dtype, device, lambda: None)
 
     def _give_back(self, size: int) -> None:

@@ -103,14 +103,14 @@ def forward(
                 values.pop(name, None)
         extent, vectors = network.extents[node.inputs[0]], [env[v] for v in node.vectors]
         kept = keeps(operation, want_weights or bool(node.vectors)) if save else "nothing"
-        in_place = isinstance(operation, ReLU) and alone
+        in_place = alone and operation.overwrites(inputs)
         step = (sum(x.numel() for x in inputs), node.channels * region.area, inputs[0].element_size())
         keep_under(limit_bytes - (0 if in_place else _step_bytes(operation, *step)))
         if kept == "winners":
             assert isinstance(operation, MaxPool)
             result, place = operation.winners(inputs[0], region, extent)
         elif in_place:
-            result = inputs[0].relu_()
+            result = operation.overwrite(inputs)
         else:
             result = operation.run(inputs, vectors, region, extent)
         if save:
