@@ -15,7 +15,7 @@ from tilestream.methods import crop_region
 from tilestream.methods import localisation as loc
 from tilestream.methods.centres import FieldOfView
 
-IDRID = Path("/work/shared/data/idrid/segmentation")
+IDRID = Path(__file__).parents[3] / "shared" / "data" / "idrid" / "segmentation"
 
 
 def spots(seed: int, extent=(57, 83), count=9) -> np.ndarray:

@@ -16,7 +16,7 @@ from tilestream.stages.localise import STAGE, LocaliseConfig, Truth, ground_trut
 from tilestream.stages.runner import execute
 from tilestream.store import Source, create_store, find_photographs, ingest_photograph
 
-IDRID = Path("/work/shared/data/idrid/segmentation")
+IDRID = Path(__file__).parents[3] / "shared" / "data" / "idrid" / "segmentation"
 EXTENT = (200, 300)
 BOXES = {"a": {1: (90, 100, 150, 160)}, "b": {2: (50, 55, 100, 105)}, "c": {}, "e": {3: (10, 20, 10, 20)}}
 """y0, y1, x0, x1 of the lesion of a kind; c has none, d is not known, e has no centre."""

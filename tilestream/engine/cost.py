@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from tilestream.geometry import Extent, Region
+from tilestream.geometry import Extent
 
 from .allocator import HEAP_BYTES
 from .operations import AveragePool, Convolution, MaxPool, ReLU, Windowed
 from .segment import Segment, winners
-from .tile import keeps
+from .tile import influenced_along, keeps, needed_along
 from .trace import Network, Node
 
 
@@ -79,6 +79,7 @@ class Costs:
     def _lengths(self, axis: int, size: int, gather: bool) -> Lengths:
         """Some tiles stand for all: those at both ends and one in between, which repeats."""
         segment, names = self.segment, self.segment.inputs if gather else self.segment.owned
+        along = influenced_along if gather else needed_along
         bounds = [segment._bounds(name, axis, size) for name in names]
         tiles = [t for t in zip(*bounds, strict=True) if any(a < b for a, b in t)]
         count = len(tiles)
@@ -89,19 +90,15 @@ class Costs:
         longest: dict[str, int] = {}
         shapes = set()
         for i in chosen:
-            parts = {n: self._box(axis, *ab) for n, ab in zip(names, tiles[i], strict=True) if ab[0] < ab[1]}
-            regions = segment.gather_regions(parts) if gather else segment.forward_regions(parts)
-            sizes = {n: r.shape[axis] for n, r in regions.items()}
+            parts = {n: ab for n, ab in zip(names, tiles[i], strict=True) if ab[0] < ab[1]}
+            spans = along(axis, segment.nodes, parts, self.network.extents)
+            sizes = {n: stop - start for n, (start, stop) in spans.items()}
             shapes.add(tuple(sizes.values()))
             weight = count - len(chosen) + 1 if i == count // 2 and count > 9 else 1
             for name, n in sizes.items():
                 total[name] = total.get(name, 0) + n * weight
                 longest[name] = max(longest.get(name, 0), n)
         return Lengths(total, longest, count, len(shapes))
-
-    @staticmethod
-    def _box(axis: int, lo: int, hi: int) -> Region:
-        return Region(lo, hi, 0, 1) if axis == 0 else Region(0, 1, lo, hi)
 
     def _price(self, size: Extent, way: str) -> Cost:
         gather = way == "gather"

@@ -90,11 +90,6 @@ class Operation:
         y, x = self.axes
         return Region(*y.need(region.y0, region.y1, extent[0]), *x.need(region.x0, region.x1, extent[1]))
 
-    def influence(self, region: Region, extent: Extent) -> Region:
-        """A box that holds all outputs which read an input of `region`."""
-        y, x = self.axes
-        return Region(*y.influence(region.y0, region.y1, extent[0]), *x.influence(region.x0, region.x1, extent[1]))
-
     def run(self, xs: Sequence[Tensor], vectors: Sequence[Tensor], region: Region, extent: Extent) -> Tensor:
         """The values of `region`, from maps that cover `need(region)` of extent `extent`."""
         raise NotImplementedError(type(self).__name__)

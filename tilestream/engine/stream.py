@@ -175,7 +175,8 @@ class Streamed(nn.Module):
             result = network.channels_of()[network.output] * math.prod(network.extents[network.output]) * itemsize
         planner = Planner(
             network, mode=mode, want_weights=weights, backward=backward, mean=reduce == "mean" and not weights,
-            result_bytes=result, one_sweep=bool(_known_logits(network)) if weights else network.linear,
+            result_bytes=result,
+            one_sweep=bool(_known_logits(network)) if weights else network.linear and not network.dense,
         )  # fmt: skip
         return planner.plan(None if self.tile is not None else self.memory, self.tile)
 

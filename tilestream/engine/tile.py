@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tilestream.geometry import Extent, Region
+from tilestream.geometry import Extent, Interval, Region
 
 from .allocator import keep_under
 from .operations import Add, AveragePool, Backward, Convolution, MaxPool, Operation, ReLU, Rule, fitted
@@ -46,26 +46,54 @@ def read(network: Network, source: Source, window: Region) -> Tensor:
 
 
 def needed(nodes: Sequence[Node], outputs: Mapping[str, Region], extents: Mapping[str, Extent]) -> dict[str, Region]:
-    """Backward interval propagation: the region of every value that the regions `outputs` need, hulls over readers."""
-    regions = dict(outputs)
-    for node in reversed(nodes):
-        if (region := regions.get(node.name)) is None:
-            continue
-        for name in node.inputs:
-            need = node.operation.need(region, extents[name])
-            regions[name] = need.hull(regions[name]) if name in regions else need
-    return regions
+    """The region of every value that the regions `outputs` need, hulls over readers."""
+    return _both(needed_along, nodes, outputs, extents)
 
 
 def influenced(nodes: Sequence[Node], inputs: Mapping[str, Region], extents: Mapping[str, Extent]) -> dict[str, Region]:
     """The other way: for every value the region that can depend on the regions `inputs`, hulls over what is read."""
-    regions = dict(inputs)
+    return _both(influenced_along, nodes, inputs, extents)
+
+
+def needed_along(
+    axis: int, nodes: Sequence[Node], outputs: Mapping[str, Interval], extents: Mapping[str, Extent]
+) -> dict[str, Interval]:
+    """Backward interval propagation along one axis; no interval is empty."""
+    spans = dict(outputs)
+    for node in reversed(nodes):
+        if (span := spans.get(node.name)) is None:
+            continue
+        for name in node.inputs:
+            need = node.operation.axes[axis].need(*span, extents[name][axis])
+            spans[name] = _hull(need, spans[name]) if name in spans else need
+    return spans
+
+
+def influenced_along(
+    axis: int, nodes: Sequence[Node], inputs: Mapping[str, Interval], extents: Mapping[str, Extent]
+) -> dict[str, Interval]:
+    """Forward interval propagation along one axis."""
+    spans = dict(inputs)
     for node in nodes:
         for name in node.inputs:
-            if name in regions:
-                reach = node.operation.influence(regions[name], extents[name])
-                regions[node.name] = reach.hull(regions[node.name]) if node.name in regions else reach
-    return regions
+            if name in spans:
+                reach = node.operation.axes[axis].influence(*spans[name], extents[name][axis])
+                spans[node.name] = _hull(reach, spans[node.name]) if node.name in spans else reach
+    return spans
+
+
+def _both(
+    along: Callable[..., dict[str, Interval]], nodes: Sequence[Node], parts: Mapping[str, Region],
+    extents: Mapping[str, Extent],
+) -> dict[str, Region]:  # fmt: skip
+    """Axes do not see each other."""
+    ys = along(0, nodes, {name: (r.y0, r.y1) for name, r in parts.items()}, extents)
+    xs = along(1, nodes, {name: (r.x0, r.x1) for name, r in parts.items()}, extents)
+    return {name: Region(*y, *xs[name]) for name, y in ys.items()}
+
+
+def _hull(a: Interval, b: Interval) -> Interval:
+    return min(a[0], b[0]), max(a[1], b[1])
 
 
 def keeps(operation: Operation, want_weights: bool) -> str:
