@@ -432,7 +432,7 @@ class Pass:
         network, regions, tape = self.network, segment.forward_regions(owned), dict[str, Any]()
 
         def save(node: Node, kind: str, saved: Any) -> None:
-            tape[node.name] = saved
+            tape[node.name] = saved > 0 if kind == "sign" else saved
 
         values = self._inputs(segment, regions)
         with torch.no_grad():

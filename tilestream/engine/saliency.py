@@ -183,7 +183,7 @@ class SaliencyPass:
         with torch.no_grad():
             made = forward(
                 self.network, self.segment.nodes, regions, values, work.steps, owned,
-                lambda node, kind, saved: tape.update({node.name: saved}),
+                lambda node, kind, saved: tape.update({node.name: saved > 0 if kind == "sign" else saved}),
             )  # fmt: skip
             shares = self._shares(owned, regions, made)
             down = work.upstream(self.segment, owned, regions, upstream[1], made)

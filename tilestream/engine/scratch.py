@@ -16,6 +16,7 @@ from torch import Tensor
 from tilestream.geometry import Extent, Region
 
 Array = npt.NDArray[Any]
+BAND_BYTES = 2**20
 Allocate = Callable[[tuple[int, int, int], np.dtype[Any]], Any]
 """Gives an array (height, width, values) of zeros that takes and gives blocks [y0:y1, x0:x1]."""
 
@@ -129,10 +130,16 @@ class Bits:
         self.stored.free()
 
     def write(self, region: Region, values: Tensor) -> None:
-        block, array = values[0].permute(1, 2, 0).contiguous(), self.stored.array
-        array[region.y0 : region.y1, region.x0 : region.x1] = (_packed if isinstance(array, Tensor) else _packbits)(
-            block
-        )
+        """Where `values` are positive; on a CPU a band of rows at a time, which stays in its cache."""
+        block, array = values[0].permute(1, 2, 0), self.stored.array
+        if isinstance(array, Tensor):
+            array[region.y0 : region.y1, region.x0 : region.x1] = _packed(block > 0)
+            return
+        held: Array = (block > 0 if block.dtype == torch.bfloat16 else block).cpu().numpy()  # numpy has no bfloat16
+        rows = max(1, BAND_BYTES * region.height // max(1, held.nbytes))
+        for y in range(0, region.height, rows):
+            part = slice(region.y0 + y, min(region.y0 + y + rows, region.y1))
+            array[part, region.x0 : region.x1] = _packbits(held[y : y + rows] > 0)
 
     def read(self, region: Region) -> Tensor:
         packed = self.stored.array[region.y0 : region.y1, region.x0 : region.x1]
@@ -147,9 +154,8 @@ class Bits:
         return torch.from_numpy(unpacked).to(self.stored.device).permute(2, 0, 1)[None]
 
 
-def _packbits(block: Tensor) -> Array:
-    """(h, w, C) booleans as (h, w, C / 8 rounded up) bytes in numpy."""
-    bits = block.cpu().numpy()
+def _packbits(bits: Array) -> Array:
+    """(h, w, C) booleans as (h, w, C / 8 rounded up) bytes."""
     # without an axis the same bits, several times as fast
     return np.packbits(bits, axis=-1) if bits.shape[-1] % 8 else np.packbits(bits).reshape(*bits.shape[:2], -1)
 

@@ -104,6 +104,7 @@ def keeps(operation: Operation, want_weights: bool) -> str:
 
 
 Save = Callable[[Node, str, Any], None]
+"""Takes a node, what the tape holds of it, and that; for "sign" the result, of which the sign is to be kept."""
 
 
 def forward(
@@ -134,6 +135,7 @@ def forward(
         in_place = alone and operation.overwrites(inputs)
         step = (sum(x.numel() for x in inputs), node.channels * region.area, inputs[0].element_size())
         keep_under(limit_bytes - (0 if in_place else _step_bytes(operation, *step)))
+        place: Tensor | None = None
         if kept == "winners":
             assert isinstance(operation, MaxPool)
             result, place = operation.winners(inputs[0], region, extent)
@@ -142,8 +144,7 @@ def forward(
         else:
             result = operation.run(inputs, vectors, region, extent)
         if save:
-            saved = {"nothing": None, "input": inputs}.get(kept)
-            save(node, kept, result > 0 if kept == "sign" else place if kept == "winners" else saved)
+            save(node, kept, {"input": inputs, "sign": result, "winners": place}.get(kept))
         if kept == "input" or any(_shares(result, x) for x in inputs):  # the tape, or a view, still wants its values
             free.difference_update(node.inputs)
         if isinstance(operation, FRESH) or in_place:
