@@ -154,6 +154,7 @@ class Costs:
             own, kind = self._bytes(node.name, areas), keeps(node.operation, self.want_weights)
             read = sum(self._bytes(name, areas) for name in node.inputs)
             alone = isinstance(node.operation, ReLU) and users[node.inputs[0]] == 1 and node.inputs[0] not in kept
+            alone = alone and areas[node.inputs[0]] == areas[node.name]  # a part of a larger map is not overwritten
             extra = read if isinstance(node.operation, Windowed) else 0  # padded or re-ordered
             if isinstance(node.operation, MaxPool):  # PyTorch finds winners even if nobody wants them
                 extra += (17 if scatter or self.taped else 8) * node.channels * areas[node.name]

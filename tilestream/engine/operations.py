@@ -95,10 +95,11 @@ class Operation:
         raise NotImplementedError(type(self).__name__)
 
     def overwrites(self, xs: Sequence[Tensor]) -> bool:
-        """Whether `overwrite` may put the result of `run` in the place of the first map."""
+        """Whether `overwrite` can put the result of `run` in the place of the first map."""
         return False
 
     def overwrite(self, xs: Sequence[Tensor]) -> Tensor:
+        """`run` in the place of the first map, which nobody else may hold."""
         raise NotImplementedError(type(self).__name__)
 
     def backward(

@@ -74,7 +74,7 @@ class Planner:
         self.mean, self.result_bytes = mean, result_bytes
         self.one_sweep = one_sweep and backward and mode == "scatter"
         self.image = network.extents[network.image]
-        self._known: dict[tuple[int, int], Costs] = {}
+        self._known: dict[tuple[int, int, bool], Costs] = {}
 
     def plan(self, memory: int | None, tile: int | None) -> Plan:
         """Within `memory` bytes; or one segment (or one a level) of tiles of `tile` px. ValueError if none will do."""
@@ -122,15 +122,15 @@ class Planner:
         return self._put(segment, size, back, parts)
 
     def _costs(self, segment: Segment) -> Costs:
-        key = segment.start, segment.stop
+        key = segment.start, segment.stop, segment.takes_image
         if key not in self._known:
             taped = self.mode == "gather"
             self._known[key] = Costs(segment, want_weights=self.want_weights, taped=taped, mean=self.mean)
         return self._known[key]
 
     def _put(self, segment: Segment, size: Extent, back: Extent, parts: list[Cost]) -> Choice:
-        again = parts[-1:] if self.one_sweep and segment.stop == len(self.network.nodes) else parts
-        seconds, flops = sum(p.seconds for p in again), sum(p.flops for p in again)
+        swept = parts[-1:] if self.one_sweep and segment.stop == len(self.network.nodes) else parts
+        seconds, flops = sum(p.seconds for p in swept), sum(p.flops for p in swept)
         plan = SegmentPlan(segment.start, segment.stop, size, back, max(p.tile_bytes for p in parts))
         return Choice(plan, seconds, flops, sum(p.kernel_bytes for p in parts))
 

@@ -81,8 +81,9 @@ class Scratch:
         size = int(np.prod(shape)) * kind.itemsize
         if size <= self.left:
             self.left -= size
-            on_device: dict[str, Any] = {"dtype": holder(dtype), "device": device}
-            held: Any = np.zeros(shape, kind) if device.type == "cpu" else torch.zeros(shape, **on_device)
+            held: Any = np.zeros(shape, kind)  # takes memory only where it is written
+            if device.type != "cpu":
+                held = torch.zeros(shape, dtype=holder(dtype), device=device)
             return Stored(held, dtype, device, lambda: self._give_back(size))
         return Stored(self.allocate(shape, kind), dtype, device, lambda: None)
 
@@ -135,11 +136,13 @@ class Bits:
         if isinstance(array, Tensor):
             array[region.y0 : region.y1, region.x0 : region.x1] = _packed(block > 0)
             return
-        held: Array = (block > 0 if block.dtype == torch.bfloat16 else block).cpu().numpy()  # numpy has no bfloat16
+        as_it_is = block.is_cpu and block.dtype != torch.bfloat16  # which numpy does not have
+        held: Array = (block if as_it_is else block > 0).cpu().numpy()
+        packed = np.empty((*region.shape, array.shape[2]), np.uint8)
         rows = max(1, BAND_BYTES * region.height // max(1, held.nbytes))
         for y in range(0, region.height, rows):
-            part = slice(region.y0 + y, min(region.y0 + y + rows, region.y1))
-            array[part, region.x0 : region.x1] = _packbits(held[y : y + rows] > 0)
+            packed[y : y + rows] = _packbits(held[y : y + rows] > 0)
+        array[region.y0 : region.y1, region.x0 : region.x1] = packed
 
     def read(self, region: Region) -> Tensor:
         packed = self.stored.array[region.y0 : region.y1, region.x0 : region.x1]

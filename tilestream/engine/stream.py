@@ -115,7 +115,8 @@ class Streamed(nn.Module):
     ) -> Plan:  # fmt: skip
         """How an image of this shape, (C, H, W) or (H, W), is taken: segments, tiles, predicted peak bytes and FLOPs.
 
-        For saliency by `method`, or for `backward` (weights=True), or forward alone (backward=False). `out`: the map
+        For saliency by `method`, or for `backward` of one image (weights=True), or forward alone (backward=False). Where
+        autograd goes back, or the image's gradient is wanted too, one sweep more may be taken. `out`: the map
         goes to an array of the caller's, which takes no part of the budget. `mode` is "scatter" or "gather" by
         predicted time unless given. Raises ValueError when the budget is too small (got, needed and the smallest
         that works) or the image is.
@@ -125,9 +126,9 @@ class Streamed(nn.Module):
 
     def _planned(
         self, network: Network, shape: Sequence[int], reduce: Reduce | None = "mean", method: str = "gradient",
-        weights: bool = False, mode: Mode | None = None, backward: bool = True, out: bool = False,
+        weights: bool = False, mode: Mode | None = None, backward: bool = True, out: bool = False, at_once: bool = True,
     ) -> Plan:  # fmt: skip
-        """`plan` of a network as it was traced."""
+        """`plan` of a network as it was traced. `at_once`: the call may go there and back in one sweep."""
         check(method, reduce)
         if method != "gradient" and network.clamped:
             raise ValueError(f"method={method!r} clamps gradients at rectifiers on maps; this network has others "
@@ -150,12 +151,21 @@ class Streamed(nn.Module):
             )
         if weights and modes != ["scatter"]:
             raise ValueError("gradients of weights come by mode='scatter'")
-        key = (network.channels, network.extents[network.image], reduce == "mean", tuple(modes), weights, backward, out)
+        key = (
+            network.channels,
+            network.extents[network.image],
+            reduce == "mean",
+            tuple(modes),
+            weights,
+            backward,
+            out,
+            at_once,
+        )
         if key not in self._plans:
             plans, errors = [], []
             for each in modes:
                 try:
-                    plans.append(self._plan(network, each, reduce, weights, backward, out))
+                    plans.append(self._plan(network, each, reduce, weights, backward, out, at_once))
                 except ValueError as error:
                     errors.append(error)
             if not plans:
@@ -164,7 +174,8 @@ class Streamed(nn.Module):
         return self._plans[key]
 
     def _plan(
-        self, network: Network, mode: Mode, reduce: Reduce | None, weights: bool, backward: bool, out: bool
+        self, network: Network, mode: Mode, reduce: Reduce | None, weights: bool, backward: bool, out: bool,
+        at_once: bool,
     ) -> Plan:  # fmt: skip
         height, width = network.extents[network.image]
         itemsize = network.dtype.itemsize
@@ -176,7 +187,7 @@ class Streamed(nn.Module):
         planner = Planner(
             network, mode=mode, want_weights=weights, backward=backward, mean=reduce == "mean" and not weights,
             result_bytes=result,
-            one_sweep=bool(_known_logits(network)) if weights else network.linear and not network.dense,
+            one_sweep=at_once and (bool(_known_logits(network)) if weights else network.linear and not network.dense),
         )  # fmt: skip
         return planner.plan(None if self.tile is not None else self.memory, self.tile)
 
@@ -195,7 +206,8 @@ class Streamed(nn.Module):
     @reused_buffers()
     def _run(self, network: Network, images: list[Any], image: Any) -> Tensor:
         """The results of all images, with a history that goes back to `image`, which holds them, unless it is None."""
-        plan = self._planned(network, images[0].shape, weights=image is not None, backward=image is not None)
+        way = image is not None
+        plan = self._planned(network, images[0].shape, weights=way, backward=way, at_once=False)
         network, scratch = network.bind(plan.image), Scratch(plan.scratch_bytes, self.scratch)
         works = [self._pass(network, plan, each, scratch=scratch) for each in images]
         try:
@@ -280,12 +292,13 @@ class Streamed(nn.Module):
         network, images = self._images(image)
         if gradient is not None and tuple(gradient.shape) != tuple(image.shape):
             raise ValueError(f"gradient.shape={tuple(gradient.shape)} must be {tuple(image.shape)}, that of the image")
-        plan = self._planned(network, images[0].shape, weights=True)
+        at_once = gradient is None and self._accumulators_fit(len(images))
+        plan = self._planned(network, images[0].shape, weights=True, at_once=at_once)
         network = network.bind(plan.image)
         scratch = Scratch(plan.scratch_bytes, self.scratch)
         tick = _Ticker(progress, plan, len(images))
         works = [self._pass(network, plan, each, tick=tick, scratch=scratch) for each in images]
-        guess = None if gradient is not None else self._guess(network, works)
+        guess = self._guess(network) if at_once else None
 
         def back(down: Tensor, _: Any) -> Iterable[Pass]:
             if guess is not None and _as_guessed(down, network):
@@ -318,15 +331,18 @@ class Streamed(nn.Module):
             for work in works:
                 work.close()
 
-    def _guess(self, network: Network, works: list[Pass]) -> Tensor | None:
+    def _accumulators_fit(self, images: int) -> bool:
+        """Whether each image of a batch may have gradients of weights of its own."""
+        weights = sum(p.numel() * p.element_size() for p in self.net.parameters() if p.requires_grad)
+        return images == 1 or images * weights <= self.memory // 4
+
+    def _guess(self, network: Network) -> Tensor | None:
         """The gradient of the logits up to a factor, where it is known before the forward pass; None where not.
 
         Then one sweep does forward and backward: for one logit, and for two whose gradients sum to zero, as softmax
         and cross-entropy have it. What the loss says afterwards confirms it, or the way back is gone as for any other.
         """
-        weights = sum(p.numel() * p.element_size() for p in self.net.parameters() if p.requires_grad)
-        alone = len(works) == 1 or len(works) * weights <= self.memory // 4
-        if not alone or not (classes := _known_logits(network)):
+        if not (classes := _known_logits(network)):
             return None
         return torch.tensor([[1.0]] if classes == 1 else [[-1.0, 1.0]], dtype=network.dtype, device=network.device)
 

@@ -24,7 +24,7 @@ from .trace import Network, Node
 
 Array = npt.NDArray[Any]
 FRESH = (Convolution, AveragePool, MaxPool, Add)
-"""Operations whose result is theirs alone, so that a ReLU may overwrite it."""
+"""Operations whose result is theirs alone, so that the next may overwrite it."""
 
 
 class Source(Protocol):
@@ -104,7 +104,7 @@ def keeps(operation: Operation, want_weights: bool) -> str:
 
 
 Save = Callable[[Node, str, Any], None]
-"""Takes a node, what the tape holds of it, and that; for "sign" the result, of which the sign is to be kept."""
+"""Takes a node, what the tape holds of it, and that; for "sign" the result, which the next step may overwrite."""
 
 
 def forward(
@@ -132,7 +132,7 @@ def forward(
                 values.pop(name, None)
         extent, vectors = network.extents[node.inputs[0]], [env[v] for v in node.vectors]
         kept = keeps(operation, want_weights or bool(node.vectors)) if save else "nothing"
-        in_place = alone and operation.overwrites(inputs)
+        in_place = alone and _whole(inputs[0]) and operation.overwrites(inputs)
         step = (sum(x.numel() for x in inputs), node.channels * region.area, inputs[0].element_size())
         keep_under(limit_bytes - (0 if in_place else _step_bytes(operation, *step)))
         place: Tensor | None = None
@@ -145,8 +145,8 @@ def forward(
             result = operation.run(inputs, vectors, region, extent)
         if save:
             save(node, kept, {"input": inputs, "sign": result, "winners": place}.get(kept))
-        if kept == "input" or any(_shares(result, x) for x in inputs):  # the tape, or a view, still wants its values
-            free.difference_update(node.inputs)
+        held = [n for n, x in zip(node.inputs, inputs, strict=True) if kept == "input" or _shares(result, x)]
+        free.difference_update(held)  # the tape, or a view, still wants their values
         if isinstance(operation, FRESH) or in_place:
             free.add(node.name)
         values[node.name] = result
@@ -157,6 +157,11 @@ def forward(
 def _step_bytes(operation: Operation, inputs: int, outputs: int, itemsize: int) -> int:
     """What a step over so many values adds to memory at most, either way; winners are int64 on theirs."""
     return itemsize * (inputs + outputs * (4 if isinstance(operation, MaxPool) else 1))
+
+
+def _whole(x: Tensor) -> bool:
+    """Whether a tensor is no part of a larger one, which would live as long as what is written over it."""
+    return x.untyped_storage().nbytes() == x.nbytes
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
