@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tilestream.engine import stream
+from tilestream.engine.scratch import Bits, Scratch
+from tilestream.geometry import Region
 
 
 class Net(nn.Module):
@@ -251,3 +253,35 @@ def test_one_sweep_where_the_gradient_is_known_but_for_a_factor(classes, differs
         assert len(reads) == 2 * sweeps
         for parameter, want in zip(net.parameters(), wanted, strict=True):
             assert not differs(parameter.grad, want)
+
+
+ADDITIONS = {
+    "twice": lambda net, x: (y := net.inner(x)) + y,
+    "pooled besides": lambda net, x: (y := net.inner(x)) + x * y.mean((2, 3), keepdim=True),
+    "kept by a tape": lambda net, x: F.gelu(y := net.inner(x)) + y,
+    "read again": lambda net, x: (y := net.inner(x)) - x + net.tall(y),
+    "a part of a larger map": lambda net, x: net.tall(y := net.inner(x)) + y,
+    "the first a part": lambda net, x: (y := net.inner(x)) + net.tall(y),
+    "a view": lambda net, x: (y := net.inner(x)).chunk(2, 1)[0] + torch.relu(y.chunk(2, 1)[1]),
+    "overwritten by the code": lambda net, x: net.inner(x).add_(x),
+}
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_additions_overwrite_only_what_nobody_else_reads(equal, name):
+    tall = nn.Conv2d(4, 4, (3, 1), padding=(2, 0), dilation=(2, 1))
+    channels = 2 if name == "a view" else 4
+    equal(Net(ADDITIONS[name], channels, inner=nn.Conv2d(4, 4, 1), tall=tall))
+
+
+@pytest.mark.parametrize("memory", [0, 2**20])
+@pytest.mark.parametrize("channels", [3, 8, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_signs_are_stored_by_bands(monkeypatch, memory, channels, dtype):
+    monkeypatch.setattr("tilestream.engine.scratch.BAND_BYTES", 100)
+    bits = Bits(Scratch(memory), channels, (9, 11), torch.device("cpu"))
+    values = torch.randn(1, channels, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    values[0, 0, 0, :3] = torch.tensor([0.0, -0.0, float("nan")])
+    bits.write(Region(3, 8, 2, 9), values)
+    assert torch.equal(bits.read(Region(3, 8, 2, 9)), values > 0)
+    assert not bits.read(Region(0, 3, 0, 11)).any()

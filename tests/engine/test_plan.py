@@ -4,6 +4,7 @@ import sys
 import time
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -121,6 +122,60 @@ def test_plans_count_the_last_segment_once_where_one_sweep_goes_there_and_back(c
     whole = stream(resnet18(num_classes=classes).eval(), memory="4 GiB").plan((3, 256, 256), weights=True)
     assert len(whole.segments) == 1
     assert whole.overhead == pytest.approx(sweeps / 3)
+
+
+def test_plans_of_what_autograd_goes_back_from_count_both_sweeps(monkeypatch):
+    streamed, seen, image = stream(resnet18().eval(), memory="4 GiB"), [], torch.zeros(3, 64, 64)
+    planned = streamed._planned
+    monkeypatch.setattr(streamed, "_planned", lambda *a, **k: seen.append(planned(*a, **k)) or seen[-1])
+    streamed(image)
+    streamed.backward(image, lambda z: z.square().sum(), gradient=np.zeros(image.shape))
+    streamed.backward(image, lambda z: z.square().sum())
+    assert [p.overhead for p in seen] == pytest.approx([4 / 3, 4 / 3, 1])
+
+
+CROPS = """
+import sys, threading
+import numpy as np, psutil, torch
+from torch import nn
+from tilestream.engine import stream
+torch.manual_seed(0)
+torch.set_num_threads(1)
+class Net(nn.Module):  # many maps, each read over more rows by one reader than by the other
+    def __init__(self):
+        super().__init__()
+        self.point = nn.ModuleList(nn.Conv2d(3, 64, 1) for _ in range(12))
+        self.tall = nn.ModuleList(nn.Conv2d(64, 64, (3, 1), 1, (256, 0), (256, 1), 64) for _ in range(12))
+        self.fc = nn.Linear(768, 3)
+    def forward(self, x):
+        ys = [p(x) for p in self.point]
+        joined = (lambda y, z: y + z) if sys.argv[1] == "add" else (lambda y, z: z + torch.relu(y))
+        return self.fc(torch.cat([joined(y, t(y)) for y, t in zip(ys, self.tall)], 1).mean((2, 3)))
+streamed = stream(Net().eval(), tile=64)
+image = np.ones((3, 1024, 64), np.float32)
+with torch.no_grad():
+    streamed(image[:, :64])
+process, peak, done = psutil.Process(), 0, threading.Event()
+before = process.memory_info().rss
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, process.memory_info().rss)
+thread = threading.Thread(target=watch)
+thread.start()
+with torch.no_grad():
+    streamed(image)
+done.set()
+thread.join()
+print(peak - before, streamed.plan(image.shape, backward=False).peak_bytes)
+"""
+
+
+@pytest.mark.parametrize("how", ["add", "relu"])
+def test_what_is_overwritten_is_no_part_of_a_larger_map_that_would_live_on(how):
+    output = subprocess.run([sys.executable, "-c", CROPS, how], capture_output=True, text=True, check=True).stdout
+    measured, predicted = map(int, output.split())
+    assert 0.4 * predicted <= measured <= predicted
 
 
 MEASURE = """

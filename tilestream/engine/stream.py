@@ -115,7 +115,7 @@ class Streamed(nn.Module):
     ) -> Plan:  # fmt: skip
         """How an image of this shape, (C, H, W) or (H, W), is taken: segments, tiles, predicted peak bytes and FLOPs.
 
-        For saliency by `method`, or for `backward` of one image (weights=True), or forward alone (backward=False). Where
+        For saliency by `method`, for `backward` of one image (weights=True), or forward alone (backward=False). Where
         autograd goes back, or the image's gradient is wanted too, one sweep more may be taken. `out`: the map
         goes to an array of the caller's, which takes no part of the budget. `mode` is "scatter" or "gather" by
         predicted time unless given. Raises ValueError when the budget is too small (got, needed and the smallest
