@@ -148,9 +148,9 @@ class Net(nn.Module):  # many maps, each read over more rows by one reader than 
         self.tall = nn.ModuleList(nn.Conv2d(64, 64, (3, 1), 1, (256, 0), (256, 1), 64) for _ in range(12))
         self.fc = nn.Linear(768, 3)
     def forward(self, x):
-        ys = [p(x) for p in self.point]
         joined = (lambda y, z: y + z) if sys.argv[1] == "add" else (lambda y, z: z + torch.relu(y))
-        return self.fc(torch.cat([joined(y, t(y)) for y, t in zip(ys, self.tall)], 1).mean((2, 3)))
+        ys = [joined(y := point(x), tall(y)) for point, tall in zip(self.point, self.tall)]
+        return self.fc(torch.cat(ys, 1).mean((2, 3)))
 streamed = stream(Net().eval(), tile=64)
 image = np.ones((3, 1024, 64), np.float32)
 with torch.no_grad():
