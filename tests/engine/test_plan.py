@@ -134,9 +134,26 @@ def test_plans_of_what_autograd_goes_back_from_count_both_sweeps(monkeypatch):
     assert [p.overhead for p in seen] == pytest.approx([4 / 3, 4 / 3, 1])
 
 
-CROPS = """
-import sys, threading
+WATCHED = """
+import threading
 import numpy as np, psutil, torch
+def watched(call):
+    process, done, peak = psutil.Process(), threading.Event(), [0]
+    before = process.memory_info().rss
+    def watch():
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], process.memory_info().rss)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    call()
+    done.set()
+    thread.join()
+    return peak[0] - before
+"""
+
+
+CROPS = """
+import sys
 from torch import nn
 from tilestream.engine import stream
 torch.manual_seed(0)
@@ -155,32 +172,24 @@ streamed = stream(Net().eval(), tile=64)
 image = np.ones((3, 1024, 64), np.float32)
 with torch.no_grad():
     streamed(image[:, :64])
-process, peak, done = psutil.Process(), 0, threading.Event()
-before = process.memory_info().rss
-def watch():
-    global peak
-    while not done.wait(0.0005):
-        peak = max(peak, process.memory_info().rss)
-thread = threading.Thread(target=watch)
-thread.start()
-with torch.no_grad():
-    streamed(image)
-done.set()
-thread.join()
-print(peak - before, streamed.plan(image.shape, backward=False).peak_bytes)
+def call():
+    with torch.no_grad():
+        streamed(image)
+print(watched(call), streamed.plan(image.shape, backward=False).peak_bytes)
 """
 
 
 @pytest.mark.parametrize("how", ["add", "relu"])
 def test_what_is_overwritten_is_no_part_of_a_larger_map_that_would_live_on(how):
-    output = subprocess.run([sys.executable, "-c", CROPS, how], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", WATCHED + CROPS, how], capture_output=True, text=True, check=True
+    ).stdout
     measured, predicted = map(int, output.split())
     assert 0.4 * predicted <= measured <= predicted
 
 
 MEASURE = """
-import sys, threading, time
-import numpy as np, psutil, torch
+import sys
 from tilestream.engine import stream
 from tilestream.nets import build
 from tilestream.nets.surgery import fully_convolutional
@@ -195,30 +204,24 @@ stream(net, tile=64).saliency(np.zeros((3, 64, 64)))  # libraries load before th
 net = fully_convolutional(net) if task == "windows" else net
 streamed = stream(net, tile=int(memory)) if memory.isdigit() else stream(net, memory=memory, precision=precision)
 image = np.zeros((3, size, size), np.uint8)
-process, peak, done = psutil.Process(), 0, threading.Event()
-before = process.memory_info().rss
-def watch():
-    global peak
-    while not done.wait(0.001):
-        peak = max(peak, process.memory_info().rss)
-thread = threading.Thread(target=watch)
-thread.start()
-if task == "weights":
-    streamed.backward(image, lambda z: torch.nn.functional.cross_entropy(z, torch.tensor([1])))
-elif task == "windows":
-    with torch.no_grad():
-        streamed(image)
-else:
-    streamed.saliency(image, method=task)
-done.set()
-thread.join()
+def call():
+    if task == "weights":
+        streamed.backward(image, lambda z: torch.nn.functional.cross_entropy(z, torch.tensor([1])))
+    elif task == "windows":
+        with torch.no_grad():
+            streamed(image)
+    else:
+        streamed.saliency(image, method=task)
+added = watched(call)
 how = {"weights": {"weights": True}, "windows": {"backward": False}}.get(task, {"method": task})
-print(peak - before, streamed.plan(image.shape, **how).peak_bytes, streamed.plan(image.shape, **how).tiles)
+print(added, streamed.plan(image.shape, **how).peak_bytes, streamed.plan(image.shape, **how).tiles)
 """
 
 
 def measure(*arguments: str) -> tuple[int, int, int]:
-    output = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", WATCHED + MEASURE, *arguments], capture_output=True, text=True, check=True
+    )
     measured, predicted, tiles = map(int, output.stdout.split())
     return measured, predicted, tiles
 

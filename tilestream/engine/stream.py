@@ -151,16 +151,8 @@ class Streamed(nn.Module):
             )
         if weights and modes != ["scatter"]:
             raise ValueError("gradients of weights come by mode='scatter'")
-        key = (
-            network.channels,
-            network.extents[network.image],
-            reduce == "mean",
-            tuple(modes),
-            weights,
-            backward,
-            out,
-            at_once,
-        )
+        wanted = reduce == "mean", tuple(modes), weights, backward, out, at_once
+        key = (network.channels, network.extents[network.image], *wanted)
         if key not in self._plans:
             plans, errors = [], []
             for each in modes:
