@@ -134,6 +134,22 @@ def test_plans_of_what_autograd_goes_back_from_count_both_sweeps(monkeypatch):
     assert [p.overhead for p in seen] == pytest.approx([4 / 3, 4 / 3, 1])
 
 
+@pytest.mark.parametrize("task", ["saliency", "backward", "autograd"])
+def test_every_step_is_told_what_the_process_may_hold(monkeypatch, task):
+    limits, image = [], torch.zeros(3, 64, 64)
+    monkeypatch.setattr("tilestream.engine.tile.keep_under", limits.append)
+    streamed = stream(resnet18().eval(), memory="4 GiB")
+    limits.clear()  # of what is run to compare a new network
+    if task == "saliency":
+        streamed.saliency(image)
+    elif task == "backward":
+        streamed.backward(image, lambda z: z.square().sum())
+    else:
+        streamed(image).sum().backward()
+    assert limits
+    assert max(limits) < 2**40
+
+
 WATCHED = """
 import threading
 import numpy as np, psutil, torch
